@@ -1,0 +1,86 @@
+"""The one settings model: what a run may be told, with its ranges and defaults.
+
+Values come from the command line or from Python; every class checks itself when it is built.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from turbomoe.errors import SettingsError
+
+KV_TYPE_ALIASES = {"turbo2": "tq2", "turbo3": "tq3", "turbo4": "tq4"}
+
+
+def state_dir() -> Path:
+    """The one folder for everything turbomoe keeps between runs (``TURBOMOE_HOME``, else the user's cache folder)."""
+    if home := os.environ.get("TURBOMOE_HOME"):
+        return Path(home)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "turbomoe"
+
+
+def require(ok: bool, what: str, fix: str = "") -> None:
+    """Raise ``SettingsError`` unless ``ok``."""
+    if not ok:
+        raise SettingsError(what, fix=fix)
+
+
+@dataclass(frozen=True)
+class KVSettings:
+    """How the past is stored. Types are codec names of ``turbomoe.kv``; ``sink`` and ``recent`` count tokens."""
+
+    type_k: str = "bf16"
+    type_v: str = "bf16"
+    sink: int = 64
+    recent: int = 256
+    means: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "type_k", KV_TYPE_ALIASES.get(self.type_k, self.type_k))
+        object.__setattr__(self, "type_v", KV_TYPE_ALIASES.get(self.type_v, self.type_v))
+        require(0 <= self.sink <= 1 << 20, f"--kv-sink must be between 0 and 1048576, not {self.sink}")
+        require(0 <= self.recent <= 1 << 20, f"--kv-recent must be between 0 and 1048576, not {self.recent}")
+
+
+@dataclass(frozen=True)
+class ExpertSettings:
+    """The expert cache. ``cache`` is ``off``, ``auto``, or a size in bytes that slots may take on the device."""
+
+    cache: str | int = "off"
+    hysteresis: float = 1.3
+    half_life: float = 32.0
+    min_sightings: int = 2
+    swaps_per_layer_step: int = 1
+    bytes_per_step: int = 1 << 30
+    policy: str = "adaptive"
+
+    def __post_init__(self) -> None:
+        known = isinstance(self.cache, int) or self.cache in ("off", "auto")
+        require(known, f"--moe-cache must be auto, off or a size, not {self.cache!r}")
+        require(self.hysteresis >= 1.0, f"--moe-hysteresis must be at least 1, not {self.hysteresis}")
+        require(self.half_life > 0, f"--moe-half-life must be positive, not {self.half_life}")
+        require(self.policy in ("adaptive", "frozen"), f"--moe-policy must be adaptive or frozen, not {self.policy!r}")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Everything an engine is built from. ``ctx_size`` 0 means the model's own limit, capped by memory."""
+
+    ctx_size: int = 4096
+    parallel: int = 1
+    prefill_chunk: int = 512
+    dtype: str = "auto"
+    device: str = "cpu"
+    threads: int = 0
+    kv: KVSettings = field(default_factory=KVSettings)
+    experts: ExpertSettings = field(default_factory=ExpertSettings)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.ctx_size <= 1 << 24, f"--ctx-size must be between 0 and 16777216, not {self.ctx_size}")
+        require(1 <= self.parallel <= 1024, f"--parallel must be between 1 and 1024, not {self.parallel}")
+        require(1 <= self.prefill_chunk <= 1 << 16, f"the prefill chunk must be 1..65536, not {self.prefill_chunk}")
+        require(0 <= self.threads <= 4096, f"--threads must be between 0 and 4096, not {self.threads}")
+        known = self.dtype in ("auto", "float32", "bfloat16", "float16")
+        require(known, f"--dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}")
