@@ -56,4 +56,4 @@ def round_half_away(x: torch.Tensor) -> torch.Tensor:
     size = x.abs()
     whole = size.floor()
     rounded: torch.Tensor = whole + (size - whole >= 0.5)
-    return rounded.copysign(x)
+    return torch.copysign(rounded, x)
