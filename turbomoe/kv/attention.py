@@ -1,0 +1,115 @@
+"""Attention of new queries over exact windows and pages of codes, in one softmax and without a copy of the past.
+
+This is the PyTorch reference of the decode and prefill kernels: the same tiles, the same masks, float32 sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from turbomoe.kv.layer import Side, Step
+from turbomoe.kv.pages import PAGE_TOKENS
+from turbomoe.kv.softmax import OnlineSoftmax
+
+QUERY_BLOCK = 512
+TILE_PAGES = 8
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keys: Side, values: Side, step: Step, scale: float
+) -> torch.Tensor:
+    """Store the new keys and values, then attend.
+
+    query [B, query_heads, S, head_dim]; key, value [B, kv_heads, S, head_dim]; all post-RoPE.
+    Returns float32 [B, S, query_heads, head_dim].
+    """
+    key, value = key.to(keys.exact_dtype), value.to(values.exact_dtype)
+    exact_k, exact_v = (torch.cat([side.past(step), new], 2) for side, new in ((keys, key), (values, value)))
+    for side, new, exact in ((keys, key, exact_k), (values, value, exact_v)):
+        side.keep_sinks(new, step)
+        side.store(exact[:, :, : step.count], step)
+        side.keep_recent(new, step)
+    blocks = [
+        _attend_block(query[:, :, i : i + QUERY_BLOCK], i, exact_k, exact_v, keys, values, step, scale)
+        for i in range(0, step.count, QUERY_BLOCK)
+    ]
+    return torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0]
+
+
+def _attend_block(
+    query: torch.Tensor, first: int, exact_k: torch.Tensor, exact_v: torch.Tensor, keys: Side, values: Side,
+    step: Step, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """Attention of the queries ``first`` and on: [B, rows, query_heads, head_dim]."""
+    batch, heads, rows, dim = query.shape
+    kv_heads = exact_k.shape[1]
+    group = heads // kv_heads
+    q = (query.float() * scale).reshape(batch, kv_heads, group * rows, dim)
+    at = (step.starts[:, None] + first + torch.arange(rows, device=q.device)).repeat(1, group)
+    state = OnlineSoftmax(q)
+    _add_sinks(state, q, at, keys, values, step)
+    _add_recent(state, q, at, first, rows, exact_k, exact_v, keys, step)
+    if keys.codec is not None:
+        _add_codes(state, q, at, first + rows, keys, values, step)
+    out = _finish(state, values)
+    return out.reshape(batch, kv_heads, group, rows, dim).permute(0, 3, 1, 2, 4).reshape(batch, rows, heads, dim)
+
+
+def _add_sinks(
+    state: OnlineSoftmax, q: torch.Tensor, at: torch.Tensor, keys: Side, values: Side, step: Step
+) -> None:
+    if keys.sink == 0:
+        return
+    positions = torch.arange(keys.sink, device=q.device)
+    _add_exact(state, q, at[..., None] >= positions, keys.sinks[step.slots], values.sinks[step.slots])
+
+
+def _add_recent(
+    state: OnlineSoftmax, q: torch.Tensor, at: torch.Tensor, first: int, rows: int, exact_k: torch.Tensor,
+    exact_v: torch.Tensor, keys: Side, step: Step,
+) -> None:  # fmt: skip
+    window = slice(first, first + rows + keys.recent)
+    positions = step.starts[:, None] - keys.recent + torch.arange(window.start, window.stop, device=q.device)
+    positions, t = positions[:, None, :], at[..., None]
+    visible = (positions <= t) & (positions >= t - keys.recent) & (positions >= keys.sink)
+    _add_exact(state, q, visible, exact_k[:, :, window], exact_v[:, :, window])
+
+
+def _add_exact(state: OnlineSoftmax, q: torch.Tensor, visible: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    scores = q @ k.float().transpose(-1, -2)
+    state.add(scores.masked_fill_(~visible[:, None], float("-inf")), v.float(), coded=False, rotated=False)
+
+
+def _tiles(coded: int) -> Iterator[tuple[int, int]]:
+    """Page ranges that cover ``coded`` tokens, ``TILE_PAGES`` at a time."""
+    pages = -(-coded // PAGE_TOKENS)
+    for first in range(0, pages, TILE_PAGES):
+        yield first, min(first + TILE_PAGES, pages)
+
+
+def _add_codes(
+    state: OnlineSoftmax, q: torch.Tensor, at: torch.Tensor, upto: int, keys: Side, values: Side, step: Step
+) -> None:
+    coded = step.reach - step.count + upto - 1 - keys.recent - keys.sink
+    if coded <= 0:
+        return
+    q_codes = keys.rotate(q) if keys.rotated else q
+    # A key is its code plus the mean, so the mean's score is one number a query, the same for every coded key.
+    offset = 0.0 if keys.mean is None else torch.einsum("bhrd,hd->bhr", q, keys.mean)[..., None]
+    limit = (at - keys.recent - keys.sink)[:, None, :, None]
+    for first, last in _tiles(coded):
+        scores = q_codes @ keys.decode(step, first, last).transpose(-1, -2) + offset
+        index = torch.arange(first * PAGE_TOKENS, last * PAGE_TOKENS, device=q.device)
+        scores = scores.masked_fill_(index >= limit, float("-inf"))
+        state.add(scores, values.decode(step, first, last), coded=True, rotated=values.rotated)
+
+
+def _finish(state: OnlineSoftmax, values: Side) -> torch.Tensor:
+    out = state.plain
+    if values.rotated:
+        out = out + values.unrotate(state.rotated)
+    if values.mean is not None:
+        out = out + state.coded_total[..., None] * values.mean[:, None, :]
+    return out / state.total[..., None]

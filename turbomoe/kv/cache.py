@@ -1,0 +1,145 @@
+"""The memory of every running sequence: one object for all layers and all slots, allocated once.
+
+Life of a step: ``reserve`` room for a slot's new tokens, ``begin`` a step over some slots, let each layer
+``attend`` (or use its recurrent state), then ``commit`` to make the new lengths visible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from turbomoe.config import KVSettings
+from turbomoe.errors import ContextFullError, IntegrityError
+from turbomoe.kv.attention import attend
+from turbomoe.kv.codecs import make_codec
+from turbomoe.kv.layer import Side, Step
+from turbomoe.kv.pages import PageAllocator, pages_for
+from turbomoe.kv.recurrent import RecurrentState
+from turbomoe.kv.shape import AttentionShape, LayerShape
+
+if TYPE_CHECKING:
+    from turbomoe.kv.means import KVMeans
+
+EXACT_TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+def windows(settings: KVSettings) -> tuple[int, int]:
+    """(sink, recent) that these types need: none when both sides are stored exactly."""
+    exact = settings.type_k in EXACT_TYPES and settings.type_v in EXACT_TYPES
+    return (0, 0) if exact else (settings.sink, settings.recent)
+
+
+class KVCache:
+    """Keys, values and recurrent states of ``slots`` sequences of up to ``ctx_size`` tokens each."""
+
+    def __init__(
+        self, shapes: Sequence[LayerShape], settings: KVSettings, *, slots: int, ctx_size: int,
+        dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", means: KVMeans | None = None,
+    ) -> None:  # fmt: skip
+        self.settings, self.ctx_size, self.device = settings, ctx_size, torch.device(device)
+        self.shapes = tuple(shapes)
+        self.sink, self.recent = windows(settings)
+        per_slot = pages_for(ctx_size - self.sink - self.recent)
+        self.pages = PageAllocator(slots, per_slot, self.device)
+        self.lengths = torch.zeros(slots, dtype=torch.int64, device=self.device)
+        self.host_lengths = [0] * slots
+        self.attention: dict[int, tuple[Side, Side]] = {}
+        self.recurrent: dict[int, RecurrentState] = {}
+        self.observer: Observer | None = None
+        self.step: Step | None = None
+        self._active: list[int] = []
+        for shape in self.shapes:
+            if isinstance(shape, AttentionShape):
+                self.attention[shape.layer] = self._sides(shape, slots)
+            else:
+                self.recurrent[shape.layer] = RecurrentState(shape, slots, dtype, self.device)
+        if means is not None:
+            self._use_means(means)
+
+    def _sides(self, shape: AttentionShape, slots: int) -> tuple[Side, Side]:
+        def side(type_name: str) -> Side:
+            dtype = EXACT_TYPES.get(type_name, torch.bfloat16)
+            if shape.window:
+                return Side(shape, None, (0, shape.window - 1), slots, 0, dtype, self.device)
+            codec = make_codec(type_name, shape.head_dim)
+            span = (self.sink, self.recent)
+            return Side(shape, codec, span, slots, self.pages.num_pages, dtype, self.device)
+
+        return side(self.settings.type_k), side(self.settings.type_v)
+
+    def _use_means(self, means: KVMeans) -> None:
+        for layer, (keys, values) in self.attention.items():
+            for side, table in ((keys, means.keys), (values, means.values)):
+                if side.rotated and layer in table:
+                    side.mean = table[layer].to(self.device, torch.float32)
+
+    def reserve(self, slot: int, length: int) -> None:
+        """Make room for ``length`` tokens in ``slot``. Raises ``ContextFullError``; then nothing has changed."""
+        if length > self.ctx_size:
+            raise ContextFullError(
+                f"The context is full: {length} tokens do not fit {self.ctx_size}",
+                fix="Shorten the conversation or use a larger --ctx-size",
+            )
+        self.pages.reserve(slot, pages_for(length - self.sink - self.recent))
+
+    def release(self, slot: int) -> None:
+        """Forget the sequence in ``slot``. Its ring and sinks need no clearing: masks follow the length."""
+        self.pages.release(slot)
+        self.host_lengths[slot] = 0
+        self.lengths[slot] = 0
+        for state in self.recurrent.values():
+            state.clear(slot)
+
+    def begin(self, slots: Sequence[int], count: int) -> Step:
+        """Open a step of ``count`` new tokens for each of ``slots`` and reserve their room."""
+        for slot in slots:
+            self.reserve(slot, self.host_lengths[slot] + count)
+        index = torch.tensor(list(slots), dtype=torch.int64, device=self.device)
+        before = [self.host_lengths[slot] for slot in slots]
+        self._active = list(slots)
+        self.step = Step(
+            index, self.lengths[index], self.pages.table[index], count, floor=min(before), reach=max(before) + count
+        )
+        return self.step
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """Store and attend in one layer; see ``attention.attend`` for shapes. Returns q's dtype."""
+        assert self.step is not None
+        if self.observer is not None:
+            self.observer(layer, k, v)
+        keys, values = self.attention[layer]
+        return attend(q, k, v, keys, values, self.step, scale).to(q.dtype)
+
+    def commit(self) -> None:
+        """Close the step: the new tokens are part of their sequences."""
+        assert self.step is not None
+        self.lengths[self.step.slots] += self.step.count
+        for slot in self._active:
+            self.host_lengths[slot] += self.step.count
+        self.step = None
+
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values: codes, scales, padding, exact windows, page tables."""
+        sides = (side for pair in self.attention.values() for side in pair)
+        return sum(side.nbytes() for side in sides) + self.pages.table.nbytes + self.lengths.nbytes
+
+    def recurrent_nbytes(self) -> int:
+        """Bytes allocated for recurrent states, which do not grow with the context."""
+        return sum(state.nbytes() for state in self.recurrent.values())
+
+    def bits_per_value(self) -> float:
+        """Allocated bits over the values of a full cache: the honest rate, windows and padding included."""
+        shapes = [s for s in self.shapes if isinstance(s, AttentionShape) and not s.window]
+        values = sum(2 * s.kv_heads * s.head_dim for s in shapes) * self.ctx_size * len(self.host_lengths)
+        sides = (side for s in shapes for side in self.attention[s.layer])
+        return 8 * sum(side.nbytes() for side in sides) / values if values else 0.0
+
+    def check_integrity(self) -> None:
+        """Raise ``IntegrityError`` unless pages, tables and both copies of the lengths agree."""
+        self.pages.check_integrity()
+        if self.lengths.tolist() != self.host_lengths:
+            raise IntegrityError("Lengths on the device and on the host differ")
