@@ -1,1 +1,166 @@
+"""From a model file to a runnable model: ``load_model``. One file a family under ``families/``."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+from turbomoe.config import EngineSettings
+from turbomoe.errors import IntegrityError
+from turbomoe.files import open_model
+from turbomoe.files.base import ModelSource
+from turbomoe.models.base import LoadedModel
+from turbomoe.models.configure import read_config
+from turbomoe.models.families import find_family
+from turbomoe.models.names import placer
+from turbomoe.models.plan import LoadPlan, make_plan
+from turbomoe.models.sampling import sampling_defaults
+from turbomoe.models.shapes import ExpertShape, expert_shape, layer_shapes
+from turbomoe.models.weights import Meter, Progress, expert_layouts, fill_experts, fill_shell
+from turbomoe.notices import Notice, board
+from turbomoe.upstream.shell import build_shell, on_meta, swap_experts, tie_embeddings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from turbomoe.experts.module import StoreExperts
+    from turbomoe.experts.runtime import ExpertRuntime
+
+__all__ = ["LoadedModel", "load_model"]
+
+
+def load_model(
+    path: Path, settings: EngineSettings, progress: Progress | None = None, *, attention: str = "turbomoe"
+) -> LoadedModel:
+    """Open the model at ``path`` (a GGUF file or a safetensors folder) and make it runnable.
+
+    ``progress(done, total)`` hears of packed bytes read. ``attention`` names the attention implementation of the
+    shell. Raises ``ModelFileError`` for a file that cannot be read and ``ModelError`` for one that is not a model
+    we can run; nothing is guessed and nothing is left without weights.
+    """
+    with closing(open_model(path)) as source:
+        return _load(source, settings, progress, attention)
+
+
+def _load(source: ModelSource, settings: EngineSettings, progress: Progress | None, attention: str) -> LoadedModel:
+    family = find_family(source)
+    config = read_config(source, family)
+    layers = layer_shapes(config)
+    dtype, device = choose_dtype(settings), torch.device(settings.device)
+    _register(attention)
+    shell = build_shell(config, attention=attention, dtype=dtype)
+    routed = _swap(shell)
+    experts = expert_shape(config) if routed else None
+    plan = make_plan(source, placer(source, family, config), shell, routed, experts)
+    _tell_skipped(plan)
+    meter = Meter(plan.nbytes, progress)
+    fill_shell(plan, source, shell, dtype, device, meter)
+    _finish(shell, device)
+    runtime = _fill_store(plan, source, experts, settings, routed, meter) if experts else None
+    tokenizer = _tokenizer(source)
+    return LoadedModel(
+        name=_name(source),
+        family=family.name,
+        shell=shell,
+        config=config,
+        tokenizer=tokenizer,
+        layers=layers,
+        identity=source.identity(),
+        context_length=config.max_position_embeddings,
+        dtype=dtype,
+        weight_bytes=sum(parameter.nbytes for parameter in shell.parameters()),
+        stop_ids=_stop_ids(source, tokenizer),
+        sampling=sampling_defaults(source),
+        experts=runtime,
+    )
+
+
+def choose_dtype(settings: EngineSettings) -> torch.dtype:
+    """The dtype of dense weights and activations: ``auto`` is float32 on the CPU and bfloat16 elsewhere."""
+    if settings.dtype == "auto":
+        return torch.float32 if torch.device(settings.device).type == "cpu" else torch.bfloat16
+    return cast(torch.dtype, getattr(torch, settings.dtype))
+
+
+def _register(attention: str) -> None:
+    if attention == "turbomoe":
+        from turbomoe.upstream.attention import register
+
+        register()
+
+
+def _swap(shell: nn.Module) -> dict[int, StoreExperts]:
+    def make(layer: int) -> nn.Module:
+        from turbomoe.experts.module import StoreExperts
+
+        return StoreExperts(layer)
+
+    return cast("dict[int, StoreExperts]", swap_experts(shell, make))
+
+
+def _finish(shell: nn.Module, device: torch.device) -> None:
+    """Tie what is tied, move the buffers, and make sure that nothing was left without storage."""
+    if shell.config.tie_word_embeddings:  # type: ignore[union-attr]
+        tie_embeddings(shell)
+    if left := on_meta(shell):
+        raise IntegrityError(f"The weight {left[0]} was planned but never loaded")
+    shell.to(device)
+
+
+def _fill_store(
+    plan: LoadPlan,
+    source: ModelSource,
+    experts: ExpertShape,
+    settings: EngineSettings,
+    routed: dict[int, StoreExperts],
+    meter: Meter,
+) -> ExpertRuntime:
+    from turbomoe.experts.runtime import ExpertRuntime
+    from turbomoe.experts.store import StoreBuilder
+
+    builder = StoreBuilder(expert_layouts(plan, experts, sorted(routed)))
+    fill_experts(plan, source, experts, builder.fill, meter)
+    runtime = ExpertRuntime(builder.finish(), settings.experts, torch.device(settings.device), experts.top_k)
+    bind(routed.values(), runtime)
+    return runtime
+
+
+def bind(modules: Iterable[StoreExperts], runtime: ExpertRuntime) -> None:
+    """Let every expert module compute through ``runtime``."""
+    for module in modules:
+        module.bind(runtime)
+
+
+def _tell_skipped(plan: LoadPlan) -> None:
+    if not plan.skipped:
+        return
+    parts = [f"{count} {reason} tensors ({nbytes:,} bytes)" for reason, (count, nbytes) in plan.skipped.items()]
+    board.post(Notice("tensors left out", f"{' and '.join(parts)} are not used by the text model"))
+
+
+def _tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer; None for a file that holds none (bare weights, as tests write them)."""
+    wanted = ("tokenizer.ggml.tokens",) if source.kind == "gguf" else ("tokenizer", "tokenizer_config")
+    if not any(key in source.metadata for key in wanted):
+        return None
+    from turbomoe.upstream.tokenizer import build_tokenizer
+
+    return build_tokenizer(source)
+
+
+def _stop_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    if tokenizer is None:
+        return frozenset()
+    from turbomoe.upstream.tokenizer import stop_ids
+
+    return stop_ids(source, tokenizer)
+
+
+def _name(source: ModelSource) -> str:
+    stated = source.metadata.get("general.name") if source.kind == "gguf" else None
+    return str(stated) if stated else source.path.stem

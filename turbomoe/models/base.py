@@ -22,13 +22,14 @@ class LoadedModel:
 
     ``shell`` is in evaluation mode and holds no routed experts (they are in ``experts``). ``layers`` tells what
     each decoder layer remembers. ``sampling`` holds the model's own defaults (temperature, top_k, top_p...).
+    ``tokenizer`` is None for a file that holds none. ``weight_bytes`` counts the shell; experts count themselves.
     """
 
     name: str
     family: str
     shell: nn.Module
     config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     layers: tuple[LayerShape, ...]
     identity: str
     context_length: int

@@ -1,0 +1,66 @@
+"""Llama and what shares its architecture (SmolLM2, Llama 2 and 3, Mistral as GGUF)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from turbomoe.models.family import (
+    ATTENTION,
+    ATTENTION_BIAS,
+    MLP,
+    NORMS,
+    OUTER,
+    Family,
+    Table,
+    decoder_config,
+    refuse,
+    rope_parameters,
+)
+from turbomoe.models.header import GgufHeader
+from turbomoe.models.placement import Dense, Transform, rope_pairs
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def config(header: GgufHeader) -> dict[str, Any]:
+    """Configuration fields of a GGUF of architecture ``llama``."""
+    refuse(header, "expert_count", "A mixture of experts under this name (Mixtral)")
+    return decoder_config(header, "llama") | {
+        "intermediate_size": header.integer("feed_forward_length"),
+        "rope_parameters": rope_parameters(header),
+        "attention_bias": header.has_tensor("blk.0.attn_q.bias"),
+        "mlp_bias": header.has_tensor("blk.0.ffn_gate.bias"),
+    }
+
+
+def layer(config: PretrainedConfig) -> Table:
+    """Queries and keys are stored with rotary pairs side by side; transformers wants split halves."""
+    queries, keys = rope_pairs(config.num_attention_heads), rope_pairs(config.num_key_value_heads)
+    mlp_bias: Table = {
+        "ffn_gate.bias": Dense("mlp.gate_proj.bias"),
+        "ffn_up.bias": Dense("mlp.up_proj.bias"),
+        "ffn_down.bias": Dense("mlp.down_proj.bias"),
+    }
+    rotary: Table = {
+        f"attn_{short}.{leaf}": Dense(f"self_attn.{short}_proj.{leaf}", transform)
+        for short, transform in (("q", queries), ("k", keys))
+        for leaf in ("weight", "bias")
+    }
+    return NORMS | ATTENTION | ATTENTION_BIAS | MLP | mlp_bias | rotary
+
+
+def model(config: PretrainedConfig) -> dict[str, Dense]:
+    """Llama 3 files carry its long-context scaling as one divisor for each rotary frequency."""
+    return OUTER | {"rope_freqs.weight": Dense("model.rotary_emb.inv_freq", _divide_frequencies(config))}
+
+
+def _divide_frequencies(config: PretrainedConfig) -> Transform:
+    size, base = config.head_dim, config.rope_parameters["rope_theta"]
+    frequencies = 1.0 / base ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    return lambda divisors: frequencies.to(divisors.device) / divisors
+
+
+FAMILY = Family("llama", "llama", ("llama",), config, layer, model)

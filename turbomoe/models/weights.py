@@ -1,0 +1,86 @@
+"""Carry out a load plan: dense weights tensor by tensor into the shell, expert bytes as they are into the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from turbomoe.experts.base import ExpertLayout
+from turbomoe.files.base import ModelSource, TensorInfo
+from turbomoe.models.placement import Dense, Routed, same
+from turbomoe.models.plan import ROUTED_PARTS, LoadPlan
+from turbomoe.models.shapes import ExpertShape
+
+Progress = Callable[[int, int], None]
+FillExpert = Callable[[int, int, str, torch.Tensor], None]
+
+
+@dataclass
+class Meter:
+    """Counts packed bytes read and tells ``report`` (done, total) after each tensor."""
+
+    total: int
+    report: Progress | None
+    done: int = 0
+
+    def add(self, nbytes: int) -> None:
+        self.done += nbytes
+        if self.report is not None:
+            self.report(self.done, self.total)
+
+
+def fill_shell(
+    plan: LoadPlan, source: ModelSource, shell: nn.Module, dtype: torch.dtype, device: torch.device, meter: Meter
+) -> None:
+    """Give every planned parameter of ``shell`` its values in ``dtype`` on ``device``; buffers keep their dtype."""
+    for info, to in plan.dense:
+        _assign(shell, to.name, _dense(source, info, to, dtype), device)
+        meter.add(info.nbytes)
+
+
+def _dense(source: ModelSource, info: TensorInfo, to: Dense, dtype: torch.dtype) -> torch.Tensor:
+    if to.transform is same:
+        return source.load(info.name, dtype)
+    return to.transform(source.load(info.name, torch.float32)).to(dtype).contiguous()
+
+
+def _assign(shell: nn.Module, name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = shell.get_submodule(path)
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor.to(device, module.get_buffer(leaf).dtype)
+    else:
+        setattr(module, leaf, nn.Parameter(tensor.to(device), requires_grad=False))
+
+
+def fill_experts(plan: LoadPlan, source: ModelSource, experts: ExpertShape, fill: FillExpert, meter: Meter) -> None:
+    """Hand every expert's packed bytes to ``fill(layer, expert, part, raw)``, cut from the file's mapping."""
+    for info, to in plan.routed:
+        members = range(experts.num_experts) if to.expert is None else range(to.expert, to.expert + 1)
+        _fill_tensor(source.raw(info.name), to, members, fill)
+        meter.add(info.nbytes)
+
+
+def _fill_tensor(raw: torch.Tensor, to: Routed, members: range, fill: FillExpert) -> None:
+    """Rows are whole runs of blocks, so equal shares of rows are equal shares of bytes."""
+    shares = raw.view(len(members), len(to.parts), -1)
+    for row, expert in enumerate(members):
+        for column, part in enumerate(to.parts):
+            fill(to.layer, expert, part, shares[row, column])
+
+
+def expert_layouts(plan: LoadPlan, experts: ExpertShape, layers: list[int]) -> list[ExpertLayout]:
+    """The layout of each routed layer; block formats may differ from layer to layer and from part to part."""
+    from turbomoe.experts.store import make_layout
+
+    return [_layout(make_layout, plan.formats(layer), layer, experts) for layer in layers]
+
+
+def _layout(
+    make: Callable[..., ExpertLayout], formats: dict[str, str], layer: int, experts: ExpertShape
+) -> ExpertLayout:
+    parts = [(part, experts.of(part), formats[part]) for part in ROUTED_PARTS]
+    return make(layer, experts.num_experts, experts.hidden, experts.width, experts.activation, parts)
