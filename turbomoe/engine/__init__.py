@@ -1,1 +1,1 @@
-
+"""Requests in, events out: the engine, its slots and its sampling."""

@@ -94,6 +94,19 @@ class KVCache:
         for state in self.recurrent.values():
             state.clear(slot)
 
+    @property
+    def can_truncate(self) -> bool:
+        """Whether a sequence can be cut back: rings and recurrent states have forgotten what that would need."""
+        sides = (side for pair in self.attention.values() for side in pair)
+        return not self.recurrent and all(side.recent == side.sink == 0 for side in sides)
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Cut the sequence in ``slot`` back to its first ``length`` tokens."""
+        if not self.can_truncate or not 0 <= length <= self.host_lengths[slot]:
+            raise IntegrityError(f"Slot {slot} cannot be cut back to {length} tokens")
+        self.host_lengths[slot] = length
+        self.lengths[slot] = length
+
     def begin(self, slots: Sequence[int], count: int) -> Step:
         """Open a step of ``count`` new tokens for each of ``slots`` and reserve their room."""
         for slot in slots:

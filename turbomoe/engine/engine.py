@@ -1,0 +1,128 @@
+"""The engine: requests in, events out. ``step`` is the whole of it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from itertools import count
+
+import torch
+
+from turbomoe.config import EngineSettings
+from turbomoe.engine.request import Event, Request, Usage
+from turbomoe.engine.runner import ModelRunner
+from turbomoe.engine.sequence import Sequence
+from turbomoe.engine.slots import SlotPool
+from turbomoe.errors import RequestError
+from turbomoe.experts.base import Phase
+from turbomoe.kv.means import KVMeans
+from turbomoe.models.base import LoadedModel
+
+
+class Engine:
+    """Runs requests over a fixed number of sequence slots. One thread calls it; nothing here is shared or locked."""
+
+    def __init__(self, model: LoadedModel, settings: EngineSettings, means: KVMeans | None = None) -> None:
+        self.model, self.settings = model, settings
+        self.ctx_size = settings.ctx_size or model.context_length
+        self.runner = ModelRunner(model, settings.kv, slots=settings.parallel, ctx_size=self.ctx_size, means=means)
+        self.slots = SlotPool(self.runner.memory)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.usage: dict[int, Usage] = {}
+        self._ids = count(1)
+        self._prefilled_last = False
+
+    def submit(self, request: Request) -> int:
+        """Queue a request and return its id. Raises ``RequestError`` for a prompt that cannot be run."""
+        vocabulary = self.model.config.vocab_size
+        if len(request.prompt) >= self.ctx_size:
+            raise RequestError(
+                f"The prompt has {len(request.prompt)} tokens and the context holds {self.ctx_size}",
+                why="At least one token of the answer must fit as well",
+                fix="Shorten the prompt or use a larger --ctx-size",
+            )
+        if not all(0 <= token < vocabulary for token in request.prompt):
+            raise RequestError(f"The prompt has a token id outside the vocabulary of {vocabulary}")
+        sequence = Sequence(next(self._ids), request, self.model.tokenizer)
+        self.usage[sequence.request_id] = sequence.usage
+        self.waiting.append(sequence)
+        return sequence.request_id
+
+    def step(self) -> list[Event]:
+        """Admit who fits, run one prefill chunk or one decode batch, draw tokens, and report."""
+        self._admit()
+        batch, ids, phase = self._choose()
+        if not batch:
+            return []
+        try:
+            logits = self.runner.forward([s.slot for s in batch], ids, phase)
+        except BaseException:
+            self._abandon(batch)
+            raise
+        for sequence in batch:
+            sequence.fed += ids.shape[1]
+        ready = [(s, row) for s, row in zip(batch, logits[:, -1], strict=True) if not s.prefilling]
+        if phase is Phase.PREFILL and ready and self.model.experts is not None:
+            self.model.experts.end_prompt()
+        events = [s.accept(s.sampler.draw(row, s.ids), self.model.stop_ids, self.ctx_size) for s, row in ready]
+        self._retire(events)
+        return events
+
+    def cancel(self, request_id: int) -> list[Event]:
+        """Stop a request; its memory stays reusable. Unknown or finished ids give no event."""
+        found = [s for s in (*self.waiting, *self.running) if s.request_id == request_id]
+        events = [s.cancel() for s in found]
+        self.waiting = deque(s for s in self.waiting if s.request_id != request_id)
+        self._retire(events)
+        return events
+
+    def stream(self, request: Request) -> Iterator[Event]:
+        """Submit one request and yield its events; closing the iterator early cancels it."""
+        request_id, done = self.submit(request), False
+        try:
+            while not done:
+                for event in self.step():
+                    if event.request_id == request_id:
+                        done = event.finish is not None
+                        yield event
+        finally:
+            if not done:
+                self.cancel(request_id)
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.slots):
+            sequence = self.waiting.popleft()
+            sequence.slot, sequence.fed = self.slots.take(sequence.ids)
+            sequence.usage.reused = sequence.fed
+            self.running.append(sequence)
+
+    def _choose(self) -> tuple[list[Sequence], torch.Tensor, Phase]:
+        """The next batch. Prefill chunks and decode batches take turns, so neither starves the other."""
+        prefilling = [s for s in self.running if s.prefilling]
+        decoding = [s for s in self.running if not s.prefilling]
+        self._prefilled_last = bool(prefilling) and not (self._prefilled_last and decoding)
+        if self._prefilled_last:
+            first = prefilling[0]
+            chunk = first.ids[first.fed : first.fed + self.settings.prefill_chunk]
+            return [first], torch.tensor([chunk]), Phase.PREFILL
+        return decoding, torch.tensor([[s.ids[-1]] for s in decoding]), Phase.DECODE
+
+    def _retire(self, events: list[Event]) -> None:
+        """Give back the slots of sequences whose event is the last one."""
+        finished = {e.request_id for e in events if e.finish is not None}
+        for sequence in [s for s in self.running if s.request_id in finished]:
+            self.running.remove(sequence)
+            self.slots.give_back(sequence.slot, sequence.ids[: sequence.fed])
+
+    def _abandon(self, batch: list[Sequence]) -> None:
+        """A forward pass failed half-way: the memory of its sequences cannot be trusted any more."""
+        for sequence in batch:
+            self.running.remove(sequence)
+            self.slots.forget(sequence.slot)
+
+

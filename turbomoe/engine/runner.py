@@ -1,0 +1,41 @@
+"""The model with its memory: one call runs new tokens of some slots and returns logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from turbomoe.config import KVSettings
+from turbomoe.experts.base import Phase
+from turbomoe.kv.cache import KVCache
+from turbomoe.kv.means import KVMeans
+from turbomoe.models.base import LoadedModel
+
+
+class ModelRunner:
+    """A loaded model and the memory of ``slots`` sequences of ``ctx_size`` tokens."""
+
+    def __init__(
+        self, model: LoadedModel, kv: KVSettings, *, slots: int, ctx_size: int, means: KVMeans | None = None
+    ) -> None:
+        self.model = model
+        self.memory = KVCache(model.layers, kv, slots=slots, ctx_size=ctx_size, dtype=model.dtype, means=means)
+
+    @torch.inference_mode()
+    def forward(self, slots: Sequence[int], ids: torch.Tensor, phase: Phase, keep: int = 1) -> torch.Tensor:
+        """Run ids int64 [len(slots), S]; float logits of the last ``keep`` tokens (0: all) [len(slots), keep, vocab].
+
+        Lengths advance only when the whole pass has succeeded. Raises ``ContextFullError`` before anything changes.
+        """
+        from turbomoe.upstream.forward import forward
+
+        self.memory.begin(slots, ids.shape[1])
+        experts = self.model.experts
+        if experts is not None:
+            experts.begin_step(phase)
+        logits = forward(self.model.shell, ids.to(self.memory.device), self.memory, keep)
+        self.memory.commit()
+        if experts is not None:
+            experts.end_step()
+        return logits.float()

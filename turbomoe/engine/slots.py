@@ -1,0 +1,52 @@
+"""Sequence slots and what they still remember: a finished conversation stays until its room is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from turbomoe.kv.cache import KVCache
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common beginning."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+class SlotPool:
+    """Free slots with the tokens their memory holds. A slot is lent to one sequence at a time."""
+
+    def __init__(self, memory: KVCache) -> None:
+        self.memory = memory
+        self._idle: dict[int, list[int]] = {slot: [] for slot in range(len(memory.host_lengths))}  # oldest first
+
+    def __len__(self) -> int:
+        return len(self._idle)
+
+    def take(self, prompt: Sequence[int]) -> tuple[int, int]:
+        """Lend the slot that knows most of ``prompt``: (slot, tokens of the prompt already in its memory).
+
+        At least one prompt token is left to run, for its logits. Memory that does not fit the prompt is dropped.
+        """
+        slot = max(self._idle, key=lambda s: (self._reusable(self._idle[s], prompt), not self._idle[s]))
+        known = self._reusable(self._idle.pop(slot), prompt)
+        if known == 0:
+            self.memory.release(slot)
+        elif known < self.memory.host_lengths[slot]:
+            self.memory.truncate(slot, known)
+        return slot, known
+
+    def give_back(self, slot: int, ids: Sequence[int]) -> None:
+        """Return a slot whose memory holds exactly ``ids``."""
+        self._idle[slot] = list(ids)
+
+    def forget(self, slot: int) -> None:
+        """Return a slot and drop its memory."""
+        self.memory.release(slot)
+        self._idle[slot] = []
+
+    def _reusable(self, known: Sequence[int], prompt: Sequence[int]) -> int:
+        same = min(common_prefix(known, prompt), len(prompt) - 1)
+        return same if same == len(known) or self.memory.can_truncate else 0
