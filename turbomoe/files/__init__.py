@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from turbomoe.files.base import ModelSource
 
 GGUF_MAGIC = b"GGUF"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelSource:
@@ -44,6 +45,6 @@ def _first_bytes(path: Path) -> bytes:
 def _why_not(path: Path) -> str:
     if path.suffix == ".safetensors":
         return "a safetensors file alone is not a model: give the folder that also holds its config.json"
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+    if path.suffix in PICKLE_SUFFIXES:
         return "pickle files can run code when read, so turbomoe never reads them: use GGUF or safetensors"
     return "it does not start with the GGUF magic, and a safetensors model is a folder"
