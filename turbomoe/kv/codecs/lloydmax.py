@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 
 from turbomoe.kv.base import Codec, Plane
-from turbomoe.kv.codebooks import levels, thresholds
+from turbomoe.kv.codebooks import POSITIVE_LEVELS, levels, thresholds
 from turbomoe.kv.codecs.packing import pack, unpack
 from turbomoe.kv.codecs.scales import to_scale, tree_sum
 from turbomoe.kv.hadamard import require_power_of_two
@@ -42,20 +42,25 @@ class LloydMaxCodec(Codec):
         )
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        unit, peak = divide_by_peak(x.float())
+        x = x.float()
+        # Against its largest magnitude a vector's squares neither overflow nor vanish; NaN and infinity become NaN.
+        peak = x.abs().amax(-1, keepdim=True)
+        unit = x / torch.where(peak > 0, peak, 1.0)
         norm = tree_sum(unit * unit).sqrt()
-        # Against the largest value the norm is at least 1, except for vectors of zeros.
+        # Only a vector of zeros has a norm below 1 here.
         spread = unit * (math.sqrt(self.head_dim) / norm.clamp(min=1.0))
-        index = torch.bucketize(spread, _table(self.bits, str(x.device), "thresholds"), out_int32=True, right=True)
-        chosen = _table(self.bits, str(x.device), "levels")[index]
+        step = nearest_level(spread.abs(), self.bits)
+        chosen = look_up(_positive_levels(self.bits, str(x.device)), step)
         scale = peak * (norm / tree_sum(chosen * chosen).sqrt())
-        saturated = torch.where(torch.isfinite(peak), scale.clamp(max=torch.finfo(torch.float32).max), peak)
-        return self._pack(index.to(torch.uint8)), to_scale(saturated)
+        # Counted from the most negative level up, steps away from zero fall on the negative side.
+        half = 1 << self.bits - 1
+        index = step ^ torch.where(spread < 0, half - 1, half).to(torch.uint8)
+        return self._pack(index), to_scale(scale)
 
     def decode(self, planes: tuple[torch.Tensor, ...]) -> torch.Tensor:
         codes, scales = planes
-        index = self._unpack(codes).int()
-        return _table(self.bits, str(codes.device), "levels")[index] * scales.float()
+        values = look_up(_levels(self.bits, str(codes.device)), self._unpack(codes))
+        return values.mul_(scales.float())
 
     def _pack(self, index: torch.Tensor) -> torch.Tensor:
         if self.bits != 3:
@@ -66,20 +71,34 @@ class LloydMaxCodec(Codec):
         if self.bits != 3:
             return unpack(codes, self.bits)
         low, high = codes.split((self.head_dim // 4, self.head_dim // 8), dim=-1)
-        return unpack(low, 2) | unpack(high, 1) << 2
+        return unpack(low, 2).bitwise_or_(unpack(high, 1).bitwise_left_shift_(2))
 
 
-def divide_by_peak(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [..., D] divided by its largest magnitude, and that magnitude [..., 1]; zeros where it is 0, NaN or infinite.
+def nearest_level(size: torch.Tensor, bits: int) -> torch.Tensor:
+    """Which positive level is nearest to each magnitude: uint8, 0 for the smallest, the larger one on a tie, 0 for NaN.
 
-    Squares of the quotient neither overflow nor vanish, whatever the size of x.
+    One comparison a border: several times faster than a binary search on a CPU, and the same bits on any device.
     """
-    peak = x.abs().amax(-1, keepdim=True)
-    usable = (peak > 0) & torch.isfinite(peak)
-    return torch.where(usable, x / peak, 0.0), peak
+    borders = thresholds(bits)[1 << bits - 1 :]
+    step = torch.zeros(size.shape, dtype=torch.uint8, device=size.device)
+    for border in borders:
+        step += size >= border
+    return step
+
+
+def look_up(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``table[index]`` for a flat float32 table and uint8 indices: a fresh tensor of the shape of ``index``.
+
+    ``index_select`` over int32 is four times as fast as indexing here.
+    """
+    return table.index_select(0, index.reshape(-1).int()).view(index.shape)
 
 
 @lru_cache(maxsize=32)
-def _table(bits: int, device: str, kind: str) -> torch.Tensor:
-    values = levels(bits) if kind == "levels" else thresholds(bits)
-    return torch.tensor(values, dtype=torch.float32, device=device)
+def _levels(bits: int, device: str) -> torch.Tensor:
+    return torch.tensor(levels(bits), dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=32)
+def _positive_levels(bits: int, device: str) -> torch.Tensor:
+    return torch.tensor(POSITIVE_LEVELS[bits], dtype=torch.float32, device=device)

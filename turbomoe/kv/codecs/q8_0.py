@@ -40,15 +40,17 @@ class Q8Codec(Codec):
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         blocks = x.float().unflatten(-1, (-1, BLOCK))
         step = blocks.abs().amax(-1, keepdim=True) / 127
-        # Steps whose inverse overflows, and NaN or infinite ones, get code 0; the scale tells which it was.
-        usable = (step >= torch.finfo(torch.float32).tiny) & torch.isfinite(step)
+        finite = torch.isfinite(step)
+        # Steps so small that their inverse overflows get code 0, and so do NaN and infinite ones.
+        usable = finite & (step >= torch.finfo(torch.float32).tiny)
         codes = torch.where(usable, round_half_away(blocks * (1 / step)), 0.0)
-        return codes.to(torch.int8).flatten(-2), to_scale(step.squeeze(-1))
+        scales = to_scale(torch.where(finite, step, torch.nan))
+        return codes.to(torch.int8).flatten(-2), scales.squeeze(-1)
 
     def decode(self, planes: tuple[torch.Tensor, ...]) -> torch.Tensor:
         codes, scales = planes
-        blocks = codes.float().unflatten(-1, (-1, BLOCK))
-        return (blocks * scales.float().unsqueeze(-1)).flatten(-2)
+        blocks: torch.Tensor = codes.float().unflatten(-1, (-1, BLOCK))
+        return blocks.mul_(scales.float().unsqueeze(-1)).flatten(-2)
 
 
 def round_half_away(x: torch.Tensor) -> torch.Tensor:

@@ -19,8 +19,5 @@ def tree_sum(x: torch.Tensor) -> torch.Tensor:
 
 
 def to_scale(scale: torch.Tensor) -> torch.Tensor:
-    """Non-negative float32 scales as float16: saturated at 65504, NaN where the scale is NaN or infinite.
-
-    A vector that was not finite must not pass for a finite one, and a finite one must stay finite.
-    """
-    return torch.where(torch.isfinite(scale), scale.clamp(max=LARGEST_SCALE), torch.nan).half()
+    """Non-negative float32 scales as float16: saturated at 65504, so that finite stays finite; NaN stays NaN."""
+    return scale.clamp(max=LARGEST_SCALE).half()
