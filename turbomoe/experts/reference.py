@@ -58,6 +58,7 @@ class ReferenceExecutor(ExpertExecutor):
         self._store, self._slots = store, slots
         self._terms = torch.empty(0)
         self._busy = False
+        self._pinned: tuple[int, list[int]] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -76,19 +77,25 @@ class ReferenceExecutor(ExpertExecutor):
         hidden = work.hidden.float()
         scale = work.weights.reshape(-1, 1).float()
         slot_of = self._slots.located(work.layer) if self._slots is not None else None
-        for expert, where in group_by_expert(work.ids):
+        groups = list(group_by_expert(work.ids))
+        for expert, where in groups:
             where = where.to(hidden.device)
             blob = self._blob(work.layer, expert, slot_of)
             result = expert_forward(layout, blob, hidden[where // k].to(blob.device))
             terms[where] = result.to(hidden.device) * scale[where]
         _sum_in_order(terms.view(rows, k, layout.hidden), work.out)
         self._busy = True
+        if self._slots is not None:
+            self._pinned = work.layer, [expert for expert, _ in groups]
+            self._slots.pin(*self._pinned)
 
     def wait(self) -> None:
         """Nothing is left to do: ``submit`` has computed it."""
         if not self._busy:
             raise IntegrityError("Expert work was waited for before it was submitted")
         self._busy = False
+        if self._slots is not None and self._pinned is not None:
+            self._slots.unpin(*self._pinned)
 
     def _blob(self, layer: int, expert: int, slot_of: list[int] | None) -> torch.Tensor:
         if self._slots is None or slot_of is None or slot_of[expert] < 0:
