@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 # Keys that describe how a checkpoint was written or would run code of its own, not what the model is.
 _NOT_THE_MODEL = ("auto_map", "architectures", "dtype", "torch_dtype", "transformers_version")
+# Attention that our own implementation does not compute: going on would be silently wrong.
+_NOT_COMPUTED = {
+    "use_bidirectional_attention": "attention in both directions",
+    "attn_logit_softcapping": "soft caps on attention scores",
+}
 LIMITS = {
     "num_hidden_layers": MAX_LAYERS,
     "hidden_size": MAX_WIDTH,
@@ -48,6 +53,9 @@ def read_config(source: ModelSource, family: Family) -> PretrainedConfig:
     _check_limits(fields)
     config = make_config(fields)
     _check_limits({key: getattr(config, key, None) for key in LIMITS})
+    for key, what in _NOT_COMPUTED.items():
+        if getattr(config, key, None):
+            raise ModelError(f"Models with {what} are not supported", why=f"{source.path} sets {key}")
     return config
 
 

@@ -48,11 +48,10 @@ ATTENTION: Table = {
     "attn_v.weight": Dense("self_attn.v_proj.weight"),
     "attn_output.weight": Dense("self_attn.o_proj.weight"),
 }
-ATTENTION_BIAS: Table = {
+QKV_BIAS: Table = {
     "attn_q.bias": Dense("self_attn.q_proj.bias"),
     "attn_k.bias": Dense("self_attn.k_proj.bias"),
     "attn_v.bias": Dense("self_attn.v_proj.bias"),
-    "attn_output.bias": Dense("self_attn.o_proj.bias"),
 }
 QK_NORM: Table = {
     "attn_q_norm.weight": Dense("self_attn.q_norm.weight"),

@@ -46,6 +46,17 @@ class GgufHeader:
             raise self.wrong(key, f"it must be positive and finite, not {value}")
         return float(value)
 
+    def flag(self, key: str, *, default: bool) -> bool:
+        """The truth value under ``key``."""
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise self.wrong(key, f"it must be true or false, not {_show(value)}")
+        return value
+
+    def is_array(self, key: str) -> bool:
+        value = self.source.metadata.get(f"{self.architecture}.{key}")
+        return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
     def items(self, key: str, *, length: int | None = None) -> list[Any]:
         """The array under ``key`` as a list, of ``length`` elements if that is given."""
         value = self._get(key, None)

@@ -94,6 +94,11 @@ def new_axis(axis: int) -> Transform:
     return lambda tensor: tensor.unsqueeze(axis)
 
 
+def as_row(tensor: torch.Tensor) -> torch.Tensor:
+    """A vector (or a matrix of one row) as a matrix of one row."""
+    return tensor.reshape(1, -1)
+
+
 def chain(*steps: Transform) -> Transform:
     """Apply ``steps`` from left to right."""
 

@@ -33,10 +33,16 @@ class ExpertShape:
 def layer_shapes(config: PretrainedConfig) -> tuple[LayerShape, ...]:
     """The shape of every decoder layer's memory, in layer order. ``ModelError`` for an unknown layer type."""
     count = config.num_hidden_layers
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * count
+    kinds = getattr(config, "layer_types", None) or [_only_kind(config)] * count
     if len(kinds) != count:
         raise ModelError(f"The configuration names {len(kinds)} layer types for {count} layers")
     return tuple(_layer_shape(config, layer, kind) for layer, kind in enumerate(kinds))
+
+
+def _only_kind(config: PretrainedConfig) -> str:
+    """The kind of layer where a configuration does not list them: a class that knows windows slides in all."""
+    slides = hasattr(type(config), "sliding_window") and config.sliding_window is not None
+    return "sliding_attention" if slides else "full_attention"
 
 
 def _layer_shape(config: PretrainedConfig, layer: int, kind: str) -> LayerShape:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from turbomoe.errors import ModelError
 from turbomoe.files.base import ModelSource
-from turbomoe.models.families import llama
+from turbomoe.models.families import gemma3, llama, qwen2, qwen3, qwen3moe, qwen35, qwen35moe
 from turbomoe.models.family import Family
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY,)
+FAMILIES: tuple[Family, ...] = (
+    llama.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+    gemma3.FAMILY,
+    qwen3moe.FAMILY,
+    qwen35.FAMILY,
+    qwen35moe.FAMILY,
+)
 
 
 def find_family(source: ModelSource) -> Family:

@@ -8,10 +8,10 @@ import torch
 
 from turbomoe.models.family import (
     ATTENTION,
-    ATTENTION_BIAS,
     MLP,
     NORMS,
     OUTER,
+    QKV_BIAS,
     Family,
     Table,
     decoder_config,
@@ -39,7 +39,8 @@ def config(header: GgufHeader) -> dict[str, Any]:
 def layer(config: PretrainedConfig) -> Table:
     """Queries and keys are stored with rotary pairs side by side; transformers wants split halves."""
     queries, keys = rope_pairs(config.num_attention_heads), rope_pairs(config.num_key_value_heads)
-    mlp_bias: Table = {
+    biases: Table = {
+        "attn_output.bias": Dense("self_attn.o_proj.bias"),
         "ffn_gate.bias": Dense("mlp.gate_proj.bias"),
         "ffn_up.bias": Dense("mlp.up_proj.bias"),
         "ffn_down.bias": Dense("mlp.down_proj.bias"),
@@ -49,7 +50,7 @@ def layer(config: PretrainedConfig) -> Table:
         for short, transform in (("q", queries), ("k", keys))
         for leaf in ("weight", "bias")
     }
-    return NORMS | ATTENTION | ATTENTION_BIAS | MLP | mlp_bias | rotary
+    return NORMS | ATTENTION | QKV_BIAS | MLP | biases | rotary
 
 
 def model(config: PretrainedConfig) -> dict[str, Dense]:
