@@ -1,0 +1,77 @@
+"""The command line: picks a verb, turns errors into one sentence and an exit code.
+
+Exit codes: 0 success; 1 an error, named in one sentence on standard error; 2 wrong usage or a setting out of its
+range; 130 interrupted from the keyboard; 141 the reader of our output went away. Nothing heavy (torch,
+transformers) is imported before a verb runs: help has to come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from turbomoe import __version__
+from turbomoe.errors import SettingsError, TurbomoeError
+from turbomoe.notices import board
+
+# One file a verb in this folder, each with add_parser(subparsers) and main(args) -> int.
+VERBS = ("doctor",)
+
+OK, ERROR, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; a verb's parser sets ``main`` to the function that runs it."""
+    parser = argparse.ArgumentParser(
+        prog="turbomoe",
+        description="Run language models on one box: long context in TurboQuant codes, experts in system memory.",
+        epilog="Exit codes: 0 success, 1 error, 2 usage, 130 interrupted.",
+    )
+    parser.add_argument("--version", action="version", version=f"turbomoe {__version__}")
+    subparsers = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB")
+    for verb in VERBS:
+        importlib.import_module(f"turbomoe.cli.{verb}").add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (default: this process's) and return its exit code."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.verb is None:
+        parser.print_help(sys.stderr)
+        return USAGE
+    board.strict = args.strict
+    try:
+        code = int(args.main(args))
+        sys.stdout.flush()  # here, where a reader that went away can still be answered
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        _abandon_stdout()
+        return BROKEN_PIPE
+    except Exception as error:
+        return report(error, debug=args.debug)
+    return code
+
+
+def report(error: Exception, debug: bool) -> int:
+    """Print ``error`` for a person and return the exit code that it means."""
+    if debug:
+        traceback.print_exception(error)
+    elif isinstance(error, TurbomoeError):
+        print(error, file=sys.stderr)
+    else:
+        name = type(error).__name__
+        print(f"turbomoe met an error it did not expect: {name}: {error}. See more with --debug.", file=sys.stderr)
+    return USAGE if isinstance(error, SettingsError) else ERROR
+
+
+def _abandon_stdout() -> None:
+    """Point standard output at nothing, so that the flush at exit does not fail a second time."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
