@@ -1,0 +1,74 @@
+"""Key and value means of a model: found once by running it over a built-in text, then kept in the state folder."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from turbomoe.config import KVSettings, state_dir
+from turbomoe.engine.runner import ModelRunner
+from turbomoe.experts.base import Phase
+from turbomoe.kv.codecs import make_codec
+from turbomoe.kv.means import KVMeans, MeanAccumulator, MeansError
+from turbomoe.kv.shape import AttentionShape
+from turbomoe.models.base import LoadedModel
+from turbomoe.notices import Notice, board
+
+CALIBRATION_TOKENS = 2048
+CHUNK = 512
+
+
+def means_path(identity: str) -> Path:
+    """Where the means of the model with this identity are kept."""
+    return state_dir() / "models" / identity / "kv-means.safetensors"
+
+
+def needs_means(model: LoadedModel, kv: KVSettings) -> bool:
+    """Whether these settings subtract means anywhere in this model."""
+    full = [s for s in model.layers if isinstance(s, AttentionShape) and not s.window]
+    return kv.means and any(make_codec(t, s.head_dim).rotated for s in full for t in (kv.type_k, kv.type_v))
+
+
+def means_for(model: LoadedModel, kv: KVSettings) -> KVMeans | None:
+    """The model's means, calibrated now if they are not on disk yet; None where the settings do not use any."""
+    if not needs_means(model, kv):
+        return None
+    path = means_path(model.identity)
+    if path.exists():
+        try:
+            return KVMeans.load(path, model.identity)
+        except MeansError as error:
+            board.post(Notice("calibrating again", str(error), "a few seconds"))
+    means = calibrate(model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    means.save(path)
+    return means
+
+
+def calibrate(model: LoadedModel) -> KVMeans:
+    """Run the model over the calibration text with an exact cache and average its full-attention keys and values."""
+    ids = calibration_ids(model)
+    runner = ModelRunner(model, KVSettings("f32", "f32"), slots=1, ctx_size=len(ids))
+    sums = MeanAccumulator()
+    full = {s.layer for s in model.layers if isinstance(s, AttentionShape) and not s.window}
+
+    def observe(layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if layer in full:
+            sums.add(layer, keys, values)
+
+    runner.memory.observer = observe
+    for at in range(0, len(ids), CHUNK):
+        runner.forward([0], torch.tensor([ids[at : at + CHUNK]]), Phase.PREFILL)
+    return sums.finish(model.identity)
+
+
+def calibration_ids(model: LoadedModel) -> list[int]:
+    """The built-in text in the model's tokens; evenly spread numbers for a model without a tokenizer."""
+    if model.tokenizer is None:
+        vocabulary = int(model.config.vocab_size)
+        return [(i * 7919) % vocabulary for i in range(256)]
+    text = (files("turbomoe.kv") / "calibration_text.txt").read_text("utf-8")
+    ids: list[int] = model.tokenizer(text)["input_ids"]
+    return ids[:CALIBRATION_TOKENS]
