@@ -1,0 +1,145 @@
+"""The store: layouts, alignment, size classes, and that nothing incomplete or misplaced gets in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.experts.helpers import make_experts, random_raw
+from turbomoe.errors import IntegrityError, ModelError, OutOfMemoryError
+from turbomoe.experts.arena import ALIGN, TAIL, allocate
+from turbomoe.experts.store import ExpertStore, StoreBuilder, make_layout
+from turbomoe.files.blocks import FORMATS
+
+PARTS = [("gate", (64, 32), "F32"), ("up", (64, 32), "F32"), ("down", (32, 64), "F32")]
+
+
+def layout(layer: int = 0, parts: list = PARTS, experts: int = 2, activation: str = "silu"):
+    return make_layout(layer, experts, 32, 64, activation, parts)
+
+
+@given(st.tuples(*[st.sampled_from(list(FORMATS))] * 3), st.booleans())
+def test_parts_lie_aligned_apart_and_whole_in_the_blob(formats: tuple[str, str, str], biases: bool) -> None:
+    parts = [(n, (256, 256), f) for n, f in zip(("gate", "up", "down"), formats, strict=True)]
+    parts += [(f"{n}_bias", (256,), "F32") for n in ("gate", "up", "down")] if biases else []
+    made = make_layout(3, 4, 256, 256, "silu", parts)
+    end = 0
+    for part, (name, shape, fmt) in zip(made.parts, parts, strict=True):
+        assert (part.name, part.shape, part.format) == (name, shape, fmt)
+        assert part.offset % ALIGN == 0 and end <= part.offset < end + ALIGN
+        assert part.nbytes * FORMATS[fmt].values == torch.Size(shape).numel() * FORMATS[fmt].bytes
+        end = part.offset + part.nbytes
+    assert made.blob_bytes % ALIGN == 0 and end <= made.blob_bytes < end + ALIGN
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        (PARTS[:2], "'down'"),
+        ([*PARTS, PARTS[1]], "'up'"),
+        ([*PARTS, ("norm", (32,), "F32")], "'norm'"),
+        ([*PARTS[:2], ("down", (64, 32), "F32")], "(64, 32), not (32, 64)"),
+        ([*PARTS, ("up_bias", (32,), "F32")], "(32,), not (64,)"),
+        ([*PARTS, ("up_bias", (64,), "F32"), ("up_bias", (64,), "F32")], "'up_bias'"),
+        ([*PARTS[:2], ("down", (32, 64), "Q9_Z")], "Q9_Z"),
+        ([*PARTS[:2], ("down", (32, 64), "Q4_K")], "256"),
+    ],
+)
+def test_a_layout_that_is_no_expert_is_refused_by_name(parts: list, said: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        layout(5, parts)
+    assert said in str(caught.value)
+
+
+def test_an_unknown_activation_is_refused() -> None:
+    with pytest.raises(ModelError, match="'relu'"):
+        layout(activation="relu")
+
+
+def test_layers_of_equal_blobs_share_an_arena_and_keep_their_bytes_apart() -> None:
+    made = make_experts({0: ("F32",) * 3, 3: ("BF16",) * 3, 4: ("F32",) * 3, 9: ("Q8_0", "F32", "Q4_0")}, num_experts=5)
+    store = made.store
+    assert store.layers == (0, 3, 4, 9)
+    assert list(store.size_classes.values()) == [10, 5, 5]
+    assert store.nbytes == sum(size * rows for size, rows in store.size_classes.items())
+    for (layer, expert), raw in made.raw.items():
+        assert store.blob(layer, expert).data_ptr() % ALIGN == 0
+        for name, view in store.parts(layer, expert).items():
+            assert torch.equal(view, raw[name])
+    addresses = [store.blob(layer, expert).data_ptr() for layer, expert in made.raw]
+    assert len(set(addresses)) == len(addresses) == 20
+
+
+def test_padding_is_zero_so_that_equal_experts_have_equal_blobs() -> None:
+    store = make_experts({0: ("Q4_0", "Q8_0", "F32")}, num_experts=1, width=9).store
+    used = torch.zeros(store.layout(0).blob_bytes, dtype=torch.bool)
+    for part in store.layout(0).parts:
+        used[part.offset : part.offset + part.nbytes] = True
+    assert not used.all()
+    assert not store.blob(0, 0)[~used].any()
+
+
+def test_rows_may_be_read_past_the_last_one() -> None:
+    arena = allocate(3, 128, torch.device("cpu"))
+    assert arena.untyped_storage().nbytes() == 3 * 128 + TAIL
+    assert arena.data_ptr() % ALIGN == 0
+
+
+def test_memory_that_does_not_exist_is_refused_in_one_sentence() -> None:
+    with pytest.raises(OutOfMemoryError, match="--moe-cache"):
+        allocate(1 << 20, 1 << 40, torch.device("cpu"))
+
+
+def test_finish_names_the_first_missing_part() -> None:
+    builder = StoreBuilder([layout(2), layout(7)])
+    for layer in (2, 7):
+        for expert in range(2):
+            for name, shape, fmt in PARTS:
+                if (layer, expert, name) not in ((7, 1, "up"), (7, 1, "down")):
+                    builder.fill(layer, expert, name, random_raw(fmt, shape, 0))
+    with pytest.raises(ModelError, match="Layer 7, expert 1: part 'up'"):
+        builder.finish()
+    for name in ("up", "down"):
+        builder.fill(7, 1, name, random_raw("F32", (64, 32), 0))
+    assert builder.finish().layout(7).layer == 7
+
+
+GOOD = random_raw("F32", (64, 32), 0)
+
+
+@pytest.mark.parametrize(
+    ("where", "raw", "said"),
+    [
+        ((1, 0, "gate"), GOOD, "Layer 1 has no routed experts"),
+        ((0, 2, "gate"), GOOD, "0 to 1, not 2"),
+        ((0, -1, "gate"), GOOD, "0 to 1, not -1"),
+        ((0, 0, "gates"), GOOD, "'gates' is not in the layout"),
+        ((0, 0, "gate"), GOOD[:-1], "8191"),
+        ((0, 0, "gate"), torch.cat([GOOD, GOOD]), "16384"),
+        ((0, 0, "gate"), GOOD.view(torch.float32), "float32"),
+        ((0, 1, "up"), GOOD, "given twice"),
+    ],
+)
+def test_bytes_that_do_not_belong_are_refused(where: tuple[int, int, str], raw: torch.Tensor, said: str) -> None:
+    builder = StoreBuilder([layout()])
+    builder.fill(0, 1, "up", GOOD)
+    with pytest.raises(ModelError) as caught:
+        builder.fill(*where, raw)
+    assert said in str(caught.value)
+
+
+def test_truth_is_closed_once_finished() -> None:
+    builder = StoreBuilder([layout(experts=1)])
+    for name, shape, fmt in PARTS:
+        builder.fill(0, 0, name, random_raw(fmt, shape, 1))
+    builder.finish()
+    with pytest.raises(IntegrityError):
+        builder.fill(0, 0, "gate", GOOD)
+
+
+@pytest.mark.parametrize("layouts", [[], [layout(1), layout(1)]])
+def test_a_store_has_each_layer_once(layouts: list) -> None:
+    with pytest.raises(ModelError, match="each layer once"):
+        ExpertStore(layouts)
