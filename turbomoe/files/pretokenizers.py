@@ -61,7 +61,7 @@ _LLAMA3 = PreScheme(lambda: _split(_words(r"\p{N}{1,3}")), whole_words=True, add
 _GLM4 = PreScheme(lambda: _split(_words(r"\p{N}{1,3}")), whole_words=True)
 _QWEN2 = PreScheme(lambda: _split(_words(r"\p{N}")), nfc=True)
 _QWEN35 = PreScheme(lambda: _split(_words(r"\p{N}", letter=r"[\p{L}\p{M}]", mark=r"\p{M}")), nfc=True)
-_GPT4O = PreScheme(lambda: _split(_cased_words(r"\p{N}{1,3}", f"{CONTRACTION}?")))
+_GPT4O = PreScheme(lambda: _split(_cased_words(r"\p{N}{1,3}", f"{CONTRACTION}?")), whole_words=True)
 _TEKKEN = PreScheme(lambda: _split(_cased_words(r"\p{N}", "")), whole_words=True, add_bos=True)
 _GPT2 = PreScheme(_gpt2)
 _DIGITS = PreScheme(_single_digits)

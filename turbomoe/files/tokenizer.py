@@ -98,15 +98,13 @@ def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
 
 
 def _derived_merges(vocabulary: Vocabulary, ids: dict[str, int]) -> list[tuple[str, str]]:
-    """SentencePiece joins neighbours whose union is a token, best score first: as a merge list sorted by score would."""
-    found = []
-    for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
-        if kind not in (TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED):
-            continue
-        score = -vocabulary.scores[index]
-        for cut in range(len(token) - 1, 0, -1):
-            left, right = token[:cut], token[cut:]
-            if left in ids and right in ids:
-                found.append((score, index, left, right))
-    found.sort(key=lambda merge: merge[:2])
-    return [(left, right) for _, _, left, right in found]
+    """SentencePiece joins neighbours whose union is a token, best score first, as from a merge list sorted by score."""
+    joinable = (TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED)
+    best_first = sorted(ids.values(), key=lambda index: (-vocabulary.scores[index], index))
+    unions = [vocabulary.tokens[index] for index in best_first if vocabulary.types[index] in joinable]
+    return [
+        (left, right)
+        for union in unions
+        for cut in range(len(union) - 1, 0, -1)
+        if (left := union[:cut]) in ids and (right := union[cut:]) in ids
+    ]
