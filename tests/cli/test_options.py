@@ -1,0 +1,131 @@
+"""Flags become settings, or a sentence that names the flag."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from turbomoe.cli.options import add_common, add_engine, add_model, engine_settings, model_reference, moe_cache
+from turbomoe.config import EngineSettings, ExpertSettings, KVSettings
+from turbomoe.errors import SettingsError
+from turbomoe.notices import board
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="test")
+    add_common(parser)
+    add_model(parser)
+    add_engine(parser)
+    return parser.parse_args(["-m", "model.gguf", *arguments])
+
+
+def settings(*arguments: str) -> EngineSettings:
+    return engine_settings(parse(*arguments))
+
+
+def test_no_flag_is_the_settings_model_s_own_default() -> None:
+    assert settings() == EngineSettings()
+
+
+FLAGS = {
+    "-c 8192": EngineSettings(ctx_size=8192),
+    "--ctx-size 0": EngineSettings(ctx_size=0),
+    "-np 4": EngineSettings(parallel=4),
+    "--parallel 4": EngineSettings(parallel=4),
+    "-t 3": EngineSettings(threads=3),
+    "--threads 3": EngineSettings(threads=3),
+    "--dtype float32": EngineSettings(dtype="float32"),
+    "-ctk tq3 -ctv tq2": EngineSettings(kv=KVSettings("tq3", "tq2")),
+    "--cache-type-k turbo3 --cache-type-v q8_0": EngineSettings(kv=KVSettings("tq3", "q8_0")),
+    "--kv-sink 0 --kv-recent 128": EngineSettings(kv=KVSettings(sink=0, recent=128)),
+    "--moe-cache auto": EngineSettings(experts=ExpertSettings(cache="auto")),
+    "--moe-cache off": EngineSettings(experts=ExpertSettings(cache="off")),
+    "--moe-cache 2G": EngineSettings(experts=ExpertSettings(cache=2 << 30)),
+    "--moe-policy frozen": EngineSettings(experts=ExpertSettings(policy="frozen")),
+    "--moe-hysteresis 1.5": EngineSettings(experts=ExpertSettings(hysteresis=1.5)),
+    "--moe-half-life 64": EngineSettings(experts=ExpertSettings(half_life=64.0)),
+}
+
+
+@pytest.mark.parametrize(("line", "expected"), FLAGS.items())
+def test_a_flag_sets_its_setting_and_no_other(line: str, expected: EngineSettings) -> None:
+    assert settings(*line.split()) == expected
+
+
+OUT_OF_RANGE = {
+    "-c -1": "--ctx-size",
+    "-c 99999999": "--ctx-size",
+    "-np 0": "--parallel",
+    "-t -2": "--threads",
+    "--kv-sink -1": "--kv-sink",
+    "--kv-recent -1": "--kv-recent",
+    "--moe-hysteresis 0.5": "--moe-hysteresis",
+    "--moe-hysteresis nan": "--moe-hysteresis",
+    "--moe-half-life 0": "--moe-half-life",
+    "--moe-half-life nan": "--moe-half-life",
+    "--moe-cache 5": "512M, 2G",
+    "--moe-cache lots": "512M, 2G",
+}
+
+
+@pytest.mark.parametrize(("line", "named"), OUT_OF_RANGE.items())
+def test_out_of_range_names_the_flag_or_the_form(line: str, named: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        settings(*line.split())
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("line", ["-c many", "-c 1.5", "-t", "--dtype int4", "--moe-policy lucky", "--moe-half-life x"])
+def test_wrong_kind_of_value_is_a_usage_error(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(*line.split())
+    assert caught.value.code == 2
+    assert f"argument {line.split()[0]}" in capsys.readouterr().err
+
+
+@given(st.text(max_size=12))
+def test_moe_cache_takes_any_text_or_says_what_it_wants(text: str) -> None:
+    try:
+        assert moe_cache(text) in ("off", "auto") or int(moe_cache(text)) >= 0
+    except SettingsError as error:
+        assert "2G" in str(error)
+
+
+MODELS = {
+    "-m model.gguf": "model.gguf",
+    "--model demo:smollm2": "demo:smollm2",
+    "-hf user/repo": "hf:user/repo",
+    "-hf user/repo:Q4_K_M": "hf:user/repo:Q4_K_M",
+    "--hf-repo hf:user/repo": "hf:user/repo",
+}
+
+
+@pytest.mark.parametrize(("line", "reference"), MODELS.items())
+def test_model_reference(line: str, reference: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_model(parser)
+    assert model_reference(parser.parse_args(line.split())) == reference
+
+
+@pytest.mark.parametrize("line", ["", "-m a -hf b/c"])
+def test_exactly_one_model(line: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_model(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(line.split())
+
+
+@pytest.mark.parametrize("flag", ["-ngl 99", "--n-gpu-layers 99", "-ncmoe 10", "--n-cpu-moe 10", "--cpu-moe"])
+def test_placement_flags_are_taken_and_answered(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sum(board.counts.values())
+    assert settings(*flag.split()) == EngineSettings()
+    assert sum(board.counts.values()) == before + 1
+
+
+def test_placement_zero_is_what_happens_anyway() -> None:
+    before = sum(board.counts.values())
+    settings("-ngl", "0")
+    assert sum(board.counts.values()) == before
