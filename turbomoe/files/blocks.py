@@ -17,7 +17,7 @@ from turbomoe.errors import ModelError
 from turbomoe.files import block_k, block_mx, block_q32
 
 # Values decoded at a time, per thread: its float32 results and codes together stay in a core's second-level cache.
-CHUNK_VALUES = 1 << 16
+CHUNK_VALUES = 1 << 17
 
 Decoder = Callable[[Tensor, Tensor], None]
 

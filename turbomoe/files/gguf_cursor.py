@@ -74,9 +74,9 @@ class Cursor:
         try:
             name = raw.decode("utf-8")
         except UnicodeDecodeError:
-            self.fail(f"the name {raw!r} is not UTF-8", field, at)
+            self.fail(f"the name {raw!r:.80} is not UTF-8", field, at)
         if not name.isprintable():
-            self.fail(f"the name {name!r} holds control characters", field, at)
+            self.fail(f"the name {name!r:.80} holds control characters", field, at)
         return name
 
     def value(self, field: str) -> Any:

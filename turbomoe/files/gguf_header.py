@@ -19,6 +19,7 @@ from turbomoe.files.gguf_cursor import Cursor
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
+ALIGNMENT_KEY = "general.alignment"
 DEFAULT_ALIGNMENT, ALIGNMENT_LIMIT = 32, 1 << 24
 KEY_LIMIT, TENSOR_NAME_LIMIT, DIMENSIONS_LIMIT = 65535, 64, 4
 
@@ -30,7 +31,7 @@ SUPPORTED = {block.type_id: name for name, block in FORMATS.items()}
 OTHER_TYPES = {
     9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
     20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
-    29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4",
+    29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def read_header(path: str | PathLike[str], data: mmap.mmap | bytes) -> Header:
     tensor_count = cursor.count(TENSOR_BYTES, "tensors", "tensor count")
     key_count = cursor.count(KEY_BYTES, "metadata keys", "metadata count")
     metadata = _read_metadata(cursor, key_count)
-    alignment = _alignment(cursor, metadata)
+    alignment = metadata.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT)
     table = [_read_entry(cursor, alignment) for _ in range(tensor_count)]
     data_start = -(-cursor.offset // alignment) * alignment
     entries = [Entry(entry.info, data_start + entry.start, entry.at) for entry in table]
@@ -91,26 +92,26 @@ def _read_metadata(cursor: Cursor, count: int) -> dict[str, Any]:
         at = cursor.offset
         key = cursor.name(KEY_LIMIT, f"metadata key {index}")
         if key in metadata:
-            cursor.fail("this key occurs twice", f"metadata {key!r}", at)
-        metadata[key] = cursor.value(f"metadata {key!r}")
+            cursor.fail("this key occurs twice", f"metadata {key!r:.80}", at)
+        metadata[key] = cursor.value(f"metadata {key!r:.80}")
+        if key == ALIGNMENT_KEY:
+            _check_alignment(cursor, metadata[key], at)
     return metadata
 
 
-def _alignment(cursor: Cursor, metadata: dict[str, Any]) -> int:
-    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+def _check_alignment(cursor: Cursor, alignment: Any, at: int) -> None:
     # type() because True is an int to isinstance; a power of two has one bit set.
-    fits = type(alignment) is int and 8 <= alignment <= ALIGNMENT_LIMIT and alignment & (alignment - 1) == 0
-    if not fits:
-        reason = f"the alignment must be a power of two from 8 to {ALIGNMENT_LIMIT}, not {alignment!r}"
-        cursor.fail(reason, "metadata 'general.alignment'")
-    return int(alignment)
+    if type(alignment) is int and 8 <= alignment <= ALIGNMENT_LIMIT and alignment & (alignment - 1) == 0:
+        return
+    reason = f"the alignment must be a power of two from 8 to {ALIGNMENT_LIMIT}, not {alignment!r:.80}"
+    cursor.fail(reason, f"metadata {ALIGNMENT_KEY!r}", at)
 
 
 def _read_entry(cursor: Cursor, alignment: int) -> Entry:
     """One line of the tensor table; ``start`` is still relative to the end of the header."""
     at = cursor.offset
     name = cursor.name(TENSOR_NAME_LIMIT, "tensor name")
-    field = f"tensor {name!r}"
+    field = f"tensor {name!r:.80}"
     shape = _read_shape(cursor, field)
     format = _format(cursor, field)
     start_at = cursor.offset
@@ -147,7 +148,7 @@ def _check_ranges(cursor: Cursor, entries: list[Entry]) -> None:
     """No name twice, no byte outside the file, no byte in two tensors."""
     size, seen = len(cursor.data), set[str]()
     for entry in entries:
-        field = f"tensor {entry.info.name!r}"
+        field = f"tensor {entry.info.name!r:.80}"
         if entry.info.name in seen:
             cursor.fail("this tensor occurs twice", field, entry.at)
         if entry.stop > size:

@@ -86,7 +86,7 @@ def _check_whole(shards: list[Shard]) -> None:
     for shard in shards:
         for entry in shard.header.tensors:
             if before := seen.get(entry.info.name):
-                _refuse(shard, f"this tensor is in {before} too", f"tensor {entry.info.name!r}")
+                _refuse(shard, f"this tensor is in {before} too", f"tensor {entry.info.name!r:.80}")
             seen[entry.info.name] = shard.path.name
     promised = _split_number(shards[0], "split.tensors.count")
     if promised != len(seen):
@@ -98,7 +98,7 @@ def _split_number(shard: Shard, key: str) -> int:
     # type() because True is an int to isinstance.
     if type(found) is int and found >= 0:
         return found
-    raise ModelFileError(shard.path, f"a file of a series needs a whole number here, not {found!r}", field=key)
+    raise ModelFileError(shard.path, f"a file of a series needs a whole number here, not {found!r:.80}", field=key)
 
 
 def _refuse(shard: Shard, reason: str, field: str) -> NoReturn:
