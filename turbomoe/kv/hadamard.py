@@ -73,11 +73,13 @@ def _neighbours(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return columns[0::2], columns[1::2]
 
 
+@torch.no_grad()
 def rotate(x: torch.Tensor) -> torch.Tensor:
     """Into the rotated domain: x [..., head_dim] of any float type to float32 of the same shape. Keeps dot products."""
     return hadamard(x * random_signs(x.shape[-1], str(x.device)))
 
 
+@torch.no_grad()
 def unrotate(y: torch.Tensor) -> torch.Tensor:
     """Out of the rotated domain: the inverse of ``rotate``, float32 [..., head_dim]."""
     return hadamard(y) * random_signs(y.shape[-1], str(y.device))

@@ -132,9 +132,11 @@ def _check_layer(layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def _check_size(path: str) -> None:
+    if not Path(path).is_file():  # reading a pipe would wait forever
+        raise MeansError("It is not there" if not Path(path).exists() else "It is not a regular file")
     size = Path(path).stat().st_size
     if size > LARGEST_FILE:
-        raise MeansError(f"The file is {size} bytes long, more than any means")
+        raise MeansError(f"It is {size} bytes long, more than any means")
 
 
 def _read(path: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

@@ -17,9 +17,3 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     for position, run in enumerate(runs[1:], start=1):
         packed |= run << position * bits
     return packed
-
-
-def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """The inverse of ``pack``: uint8 [..., w] to uint8 codes [..., w * 8 / bits]."""
-    mask = (1 << bits) - 1
-    return torch.cat([packed >> shift & mask for shift in range(0, 8, bits)], dim=-1)

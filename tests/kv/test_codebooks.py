@@ -1,0 +1,59 @@
+"""The pinned codebooks against what Lloyd's iteration and Gaussian samples say."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from turbomoe.kv.codebooks import GAUSSIAN_NMSE, POSITIVE_LEVELS, levels, thresholds
+
+PUBLISHED_NMSE = {2: 0.1175, 3: 0.0345, 4: 0.0095}
+
+
+def density(x: float) -> float:
+    return math.exp(-x * x / 2) / math.sqrt(2 * math.pi) if math.isfinite(x) else 0.0
+
+
+def mass(low: float, high: float) -> float:
+    return (math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2))) / 2
+
+
+def lloyd(bits: int, rounds: int = 3000) -> list[float]:
+    """Lloyd's iteration on N(0, 1) with exact cell means, from evenly spaced levels."""
+    found = [4 * (i + 0.5) / 2**bits - 2 for i in range(2**bits)]
+    for _ in range(rounds):
+        inner = [(a + b) / 2 for a, b in pairwise(found)]
+        borders = [-math.inf, *inner, math.inf]
+        cells = pairwise(borders)
+        found = [(density(low) - density(high)) / mass(low, high) for low, high in cells]
+    return found
+
+
+@pytest.mark.parametrize("bits", POSITIVE_LEVELS)
+def test_levels_are_the_fixed_point_of_lloyds_iteration(bits: int) -> None:
+    assert levels(bits) == pytest.approx(lloyd(bits), abs=1e-9)
+
+
+@pytest.mark.parametrize("bits", POSITIVE_LEVELS)
+def test_error_on_a_million_gaussian_samples(bits: int) -> None:
+    x = torch.randn(1_000_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    table = torch.tensor(levels(bits), dtype=torch.float64)
+    chosen = table[torch.bucketize(x, torch.tensor(thresholds(bits), dtype=torch.float64))]
+    nmse = float((x - chosen).square().sum() / x.square().sum())
+    assert nmse == pytest.approx(PUBLISHED_NMSE[bits], rel=0.01)
+    assert nmse == pytest.approx(GAUSSIAN_NMSE[bits], rel=0.01)
+
+
+@pytest.mark.parametrize("bits", POSITIVE_LEVELS)
+def test_levels_ascend_and_are_symmetric(bits: int) -> None:
+    table = levels(bits)
+    assert len(table) == 2**bits and len(thresholds(bits)) == 2**bits - 1
+    assert table == sorted(set(table))
+    assert table == [-level for level in reversed(table)]
+
+
+def test_two_bit_levels_of_the_paper() -> None:
+    assert levels(2) == pytest.approx([-1.51, -0.453, 0.453, 1.51], abs=5e-4)
