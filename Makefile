@@ -2,6 +2,7 @@
 # make test            the tests (ruff and mypy: make lint; the slow ones: make test-slow)
 # make test-upstream   the contracts with transformers, on the oldest and on the newest supported release
 # make sizes           file and function sizes, a mirror and not a gate
+# make docs            rewrites the list of modules in docs/architecture.md
 # make lint | format | clean
 #
 # Each target makes the virtual environment that it needs, once. Another interpreter: make PYTHON=python3.12 ...
@@ -17,7 +18,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := -m pytest -q -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-upstream lint format sizes clean
+.PHONY: help demo test test-slow test-upstream lint format docs sizes clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -58,6 +59,9 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
+
+docs:
+	@$(PYTHON) tools/module_map.py
 
 sizes:
 	@$(PYTHON) tools/code_sizes.py
