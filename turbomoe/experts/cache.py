@@ -49,7 +49,7 @@ class ExpertCache:
         self.routing.clear()
         self.promoter.retire(self._surplus())
         self.promoter.advance()
-        if self.settings.policy == "frozen" and self.slots.vacant().any():
+        if self.settings.policy == "frozen":
             self._settle()
         self._count_uploads(phase)
         self._phase = phase
@@ -118,8 +118,9 @@ class ExpertCache:
     def _settle(self) -> None:
         """A frozen placement is complete before its first step, so that no token sees it change."""
         self.promoter.drain()
-        self.promoter.apply(self.policy.fill(self.residents()))
-        self.promoter.drain()
+        if moves := self.policy.fill(self.residents()):
+            self.promoter.apply(moves)
+            self.promoter.drain()
 
     def _count_hits(self, phase: Phase, ids: npt.NDArray[np.int32]) -> None:
         counts = count_ids(ids, self.slots.slot_of.shape[1])
