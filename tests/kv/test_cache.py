@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -78,7 +78,7 @@ def feed(cache: KVCache, slot: int, q, k, v, chunks: list[int]) -> torch.Tensor:
 
 
 def chunkings(n: int) -> dict[str, list[int]]:
-    return {"one": [n], "many": [37] * (n // 37) + [n % 37] * (n % 37 > 0), "single": [1] * n}
+    return {"one": [n], "many": [37] * (n // 37) + [n % 37], "mixed": [1] * 20 + [50] + [1] * 20 + [n - 90]}
 
 
 @pytest.mark.parametrize("sink,recent", [(0, 0), (4, 0), (0, 16), (8, 32), (20, 200), (5, 7)])
@@ -101,10 +101,20 @@ def test_every_chunking_gives_what_the_rule_says(type_k, type_v, sink, recent, w
         planes[name] = [p[used] for side in cache.attention[0] for p in side.planes]
         cache.check_integrity()
     coded_tokens = n - cache.sink - cache.recent
-    for other in ("many", "single"):
+    for other in ("many", "mixed"):
         for a, b in zip(planes["one"], planes[other], strict=True):
             a, b = (p.transpose(1, 2).flatten(0, 1)[: max(0, coded_tokens)] for p in (a, b))
             assert torch.equal(a, b), "codes depend on the chunking"
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_token_by_token_equals_one_chunk(type_name):
+    n = 140
+    q, k, v = tokens(n)
+    settings = KVSettings(type_name, type_name, 8, 32)
+    got = feed(KVCache([shape()], settings, slots=1, ctx_size=n), 0, q, k, v, [1] * n)
+    want = feed(KVCache([shape()], settings, slots=1, ctx_size=n), 0, q, k, v, [n])
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("window", [1, 7, 64, 400])
@@ -264,3 +274,4 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=40, stateful_step_count=25)

@@ -53,4 +53,5 @@ class Detokenizer:
         return text[start : len(text) - self._withheld]
 
     def _decode(self, ids: list[int]) -> str:
-        return self._backend.decode(ids, skip_special_tokens=True)
+        text: str = self._backend.decode(ids, skip_special_tokens=True)
+        return text

@@ -124,5 +124,3 @@ class Engine:
         for sequence in batch:
             self.running.remove(sequence)
             self.slots.forget(sequence.slot)
-
-

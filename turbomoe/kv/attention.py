@@ -57,9 +57,7 @@ def _attend_block(
     return out.reshape(batch, kv_heads, group, rows, dim).permute(0, 3, 1, 2, 4).reshape(batch, rows, heads, dim)
 
 
-def _add_sinks(
-    state: OnlineSoftmax, q: torch.Tensor, at: torch.Tensor, keys: Side, values: Side, step: Step
-) -> None:
+def _add_sinks(state: OnlineSoftmax, q: torch.Tensor, at: torch.Tensor, keys: Side, values: Side, step: Step) -> None:
     if keys.sink == 0:
         return
     positions = torch.arange(keys.sink, device=q.device)

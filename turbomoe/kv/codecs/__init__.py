@@ -10,18 +10,35 @@ import torch
 from turbomoe.config import KV_TYPE_ALIASES
 from turbomoe.errors import SettingsError
 from turbomoe.kv.base import Codec
-from turbomoe.kv.codecs.lloydmax import LloydMaxCodec
-from turbomoe.kv.codecs.plain import PlainCodec
-from turbomoe.kv.codecs.q8_0 import Q8Codec
 
+
+def _plain(name: str, dtype: torch.dtype, head_dim: int) -> Codec:
+    from turbomoe.kv.codecs.plain import PlainCodec
+
+    return PlainCodec(name, dtype, head_dim)
+
+
+def _q8_0(head_dim: int) -> Codec:
+    from turbomoe.kv.codecs.q8_0 import Q8Codec
+
+    return Q8Codec(head_dim)
+
+
+def _lloyd_max(bits: int, head_dim: int) -> Codec:
+    from turbomoe.kv.codecs.lloydmax import LloydMaxCodec
+
+    return LloydMaxCodec(bits, head_dim)
+
+
+# Built on demand: a run with exact types never loads the rotation and the codebooks.
 CODECS: dict[str, Callable[[int], Codec]] = {
-    "f32": partial(PlainCodec, "f32", torch.float32),
-    "f16": partial(PlainCodec, "f16", torch.float16),
-    "bf16": partial(PlainCodec, "bf16", torch.bfloat16),
-    "q8_0": Q8Codec,
-    "tq4": partial(LloydMaxCodec, 4),
-    "tq3": partial(LloydMaxCodec, 3),
-    "tq2": partial(LloydMaxCodec, 2),
+    "f32": partial(_plain, "f32", torch.float32),
+    "f16": partial(_plain, "f16", torch.float16),
+    "bf16": partial(_plain, "bf16", torch.bfloat16),
+    "q8_0": _q8_0,
+    "tq4": partial(_lloyd_max, 4),
+    "tq3": partial(_lloyd_max, 3),
+    "tq2": partial(_lloyd_max, 2),
 }
 
 
