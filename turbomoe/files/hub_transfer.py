@@ -92,11 +92,9 @@ def _verify(partial: Path, file: RemoteFile) -> None:
 
 
 def _blocks(path: Path, file: RemoteFile) -> Iterator[bytes]:
-    quiet = True if file.size < 1e9 else None
-    with (
-        open(path, "rb") as source,
-        tqdm(desc="checking", total=file.size, unit="B", unit_scale=True, disable=quiet) as bar,
-    ):
+    hidden = True if file.size < _SLOW_TO_CHECK else None  # None: shown on a terminal only
+    options = {"desc": "checking", "total": file.size, "unit": "B", "unit_scale": True, "disable": hidden}
+    with open(path, "rb") as source, tqdm(**options) as bar:  # type: ignore[no-untyped-call]
         while block := source.read(_BLOCK):
             bar.update(len(block))
             yield block
