@@ -1,0 +1,97 @@
+/* Vector primitives, AVX2 + FMA + F16C: 8 lanes. kernels.h tells what each must do. */
+#include <immintrin.h>
+#include <string.h>
+
+#define LANES 8
+typedef __m256 vf;
+typedef __m256i vi, vb;
+
+INLINE vf vf_zero(void) { return _mm256_setzero_ps(); }
+INLINE vf vf_load(const float *p) { return _mm256_loadu_ps(p); }
+INLINE vf vf_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+INLINE vf vf_add(vf a, vf b) { return _mm256_add_ps(a, b); }
+INLINE vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE vf vf_fnma(vf a, vf b, vf c) { return _mm256_fnmadd_ps(a, b, c); }
+INLINE vf vf_set(float x) { return _mm256_set1_ps(x); }
+INLINE vf vf_int(vi a) { return _mm256_cvtepi32_ps(a); }
+INLINE float vf_sum(vf a)
+{
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+
+INLINE vf vf_f16(const uint8_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+INLINE vf vf_bf16(const uint8_t *p)
+{
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+INLINE vf vf_u8(const uint8_t *p) { return vf_int(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p))); }
+INLINE vf vf_i8(const uint8_t *p) { return vf_int(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))); }
+INLINE vf vf_e8m0(const uint8_t *p)
+{
+    __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 23));
+}
+
+/* One superblock covers a step of 8 groups. */
+INLINE vf vf_super(const uint8_t *p, int stride)
+{
+    (void)stride;
+    uint16_t half;
+    memcpy(&half, p, 2);
+    return _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(half)));
+}
+
+INLINE vf vf_spread(vf p, int b)
+{
+    return _mm256_permutevar8x32_ps(p, _mm256_setr_epi32(2 * b, 2 * b, 2 * b, 2 * b, 2 * b + 1, 2 * b + 1, 2 * b + 1, 2 * b + 1));
+}
+
+INLINE vb vb_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+INLINE vb vb_or(vb a, vb b) { return _mm256_or_si256(a, b); }
+INLINE vb vb_low(vb a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+INLINE vb vb_high(vb a) { return vb_low(_mm256_srli_epi16(a, 4)); }
+INLINE vb vb_table(const int8_t *table, vb index)
+{
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table)), index);
+}
+
+/* Bits `shift`, `shift + 1`... of every byte, masked by `mask` << 4 and moved to bit 4. */
+INLINE vb bits_to_4(vb a, int shift, int mask)
+{
+    vb moved = shift < 4 ? _mm256_slli_epi16(a, 4 - shift) : _mm256_srli_epi16(a, shift - 4);
+    return _mm256_and_si256(moved, _mm256_set1_epi8((char)(mask << 4)));
+}
+INLINE void vb_high1(const uint8_t *row, long g, int b, vb *lo, vb *hi)
+{
+    vb bits = vb_load(row + g / 8 * 32);
+    *lo = bits_to_4(bits, 2 * b, 1);
+    *hi = bits_to_4(bits, 2 * b + 1, 1);
+}
+INLINE void vb_high2(const uint8_t *row, long g, int b, vb *lo, vb *hi)
+{
+    vb bits = vb_load(row + g / 8 * 64 + b % 2 * 32);
+    *lo = bits_to_4(bits, b / 2 * 4, 3);
+    *hi = bits_to_4(bits, b / 2 * 4 + 2, 3);
+}
+
+INLINE vi widen(vi pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+INLINE vi vi_dot(vb w, vb x) { return widen(_mm256_maddubs_epi16(w, x)); }
+INLINE vi vi_dot2(vb lo, vb hi, vb xlo, vb xhi)
+{
+    return widen(_mm256_add_epi16(_mm256_maddubs_epi16(lo, xlo), _mm256_maddubs_epi16(hi, xhi)));
+}
+
+/* Signed codes: |w| times x with the sign of w. 128 * 127 * 2 still fits 16 bits, but only one pair does. */
+#define SIGNED_ZERO 0
+INLINE vb vb_signed(vb w) { return w; }
+INLINE vi vi_dot_signed(vb w, vb x)
+{
+    return widen(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)));
+}
+INLINE vi vi_dot2_signed(vb lo, vb hi, vb xlo, vb xhi)
+{
+    return _mm256_add_epi32(vi_dot_signed(lo, xlo), vi_dot_signed(hi, xhi));
+}

@@ -1,0 +1,94 @@
+/* Vector primitives, AVX-512 F/BW/VL/DQ + VNNI: 16 lanes. kernels.h tells what each must do. */
+#include <immintrin.h>
+#include <string.h>
+
+#define LANES 16
+typedef __m512 vf;
+typedef __m512i vi, vb;
+
+INLINE vf vf_zero(void) { return _mm512_setzero_ps(); }
+INLINE vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
+INLINE vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+INLINE vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE vf vf_fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }
+INLINE vf vf_set(float x) { return _mm512_set1_ps(x); }
+INLINE vf vf_int(vi a) { return _mm512_cvtepi32_ps(a); }
+INLINE float vf_sum(vf a) { return _mm512_reduce_add_ps(a); }
+
+INLINE vf vf_f16(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE vf vf_bf16(const uint8_t *p)
+{
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+INLINE vf vf_u8(const uint8_t *p) { return vf_int(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p))); }
+INLINE vf vf_i8(const uint8_t *p) { return vf_int(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))); }
+INLINE vf vf_e8m0(const uint8_t *p)
+{
+    __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 23));
+}
+
+/* Two superblocks cover a step of 16 groups. */
+INLINE vf vf_super(const uint8_t *p, int stride)
+{
+    uint16_t half[2];
+    memcpy(half, p, 2);
+    memcpy(half + 1, p + stride, 2);
+    __m512 pair = _mm512_castps128_ps512(_mm_cvtph_ps(_mm_cvtsi32_si128(half[0] | half[1] << 16)));
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), pair);
+}
+
+INLINE vf vf_spread(vf p, int b)
+{
+    const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(4 * b)), p);
+}
+
+INLINE vb vb_load(const void *p) { return _mm512_loadu_si512(p); }
+INLINE vb vb_or(vb a, vb b) { return _mm512_or_si512(a, b); }
+INLINE vb vb_low(vb a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+INLINE vb vb_high(vb a) { return vb_low(_mm512_srli_epi16(a, 4)); }
+
+/* Table entries leave as w + 128: VNNI takes unsigned codes. */
+INLINE vb vb_table(const int8_t *table, vb index)
+{
+    __m128i flipped = _mm_xor_si128(_mm_loadu_si128((const __m128i *)table), _mm_set1_epi8((char)0x80));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(flipped), index);
+}
+
+/* Four groups of a step are half of a 32-byte line: its 32 bytes serve both halves of the vector, at two bits. */
+INLINE vb bit_to_4(vb bits, int low_half, int high_half)
+{
+    const __m512i at = _mm512_inserti64x4(_mm512_set1_epi8((char)(1 << low_half)),
+                                          _mm256_set1_epi8((char)(1 << high_half)), 1);
+    return _mm512_maskz_set1_epi8(_mm512_test_epi8_mask(bits, at), 16);
+}
+INLINE void vb_high1(const uint8_t *row, long g, int b, vb *lo, vb *hi)
+{
+    vb bits = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(row + g / 8 * 32 + b / 2 * 32)));
+    int at = b % 2 * 4;
+    *lo = bit_to_4(bits, at, at + 2);
+    *hi = bit_to_4(bits, at + 1, at + 3);
+}
+INLINE vb bits_to_4(vb a, int shift)
+{
+    vb moved = shift < 4 ? _mm512_slli_epi16(a, (unsigned)(4 - shift)) : _mm512_srli_epi16(a, (unsigned)(shift - 4));
+    return _mm512_and_si512(moved, _mm512_set1_epi8(0x30));
+}
+INLINE void vb_high2(const uint8_t *row, long g, int b, vb *lo, vb *hi)
+{
+    vb bits = vb_load(row + g / 8 * 64 + b / 2 * 64);
+    *lo = bits_to_4(bits, b % 2 * 4);
+    *hi = bits_to_4(bits, b % 2 * 4 + 2);
+}
+
+INLINE vi vi_dot(vb w, vb x) { return _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, x); }
+INLINE vi vi_dot2(vb lo, vb hi, vb xlo, vb xhi) { return _mm512_dpbusd_epi32(vi_dot(lo, xlo), hi, xhi); }
+
+/* Signed codes are stored as w + 128; the kernel takes 128 times the sum of the activations away. */
+#define SIGNED_ZERO 128
+INLINE vb vb_signed(vb w) { return _mm512_xor_si512(w, _mm512_set1_epi8((char)0x80)); }
+INLINE vi vi_dot_signed(vb w, vb x) { return vi_dot(w, x); }
+INLINE vi vi_dot2_signed(vb lo, vb hi, vb xlo, vb xhi) { return vi_dot2(lo, hi, xlo, xhi); }
