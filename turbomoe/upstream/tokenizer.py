@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -35,21 +36,27 @@ def build_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """
     if source.kind == "gguf":
         return wrap(read_vocabulary(source.metadata, source.path))
+    return _from_folder(source.path)
+
+
+def _from_folder(path: Path) -> PreTrainedTokenizerBase:
+    fix = "Put the model's tokenizer.json and tokenizer_config.json into the folder"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"No tokenizer could be loaded from {source.path}",
-            why=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            fix="Put the model's tokenizer.json and tokenizer_config.json into the folder",
-        ) from error
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # what is in the files is a stranger's, and the libraries raise anything
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"No tokenizer could be loaded from {path}", why=why, fix=fix) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ModelError(f"The tokenizer in {path} is not one of the tokenizers library", fix=fix)
+    tokenizer.backend_tokenizer.no_truncation()  # some tokenizer.json files carry limits of their training
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
 def wrap(vocabulary: Vocabulary) -> PreTrainedTokenizerBase:
     """A GGUF vocabulary as a ``transformers`` tokenizer."""
-    roles = {f"{role}_token": vocabulary.token(role) for role in ("bos", "eos", "unk", "pad")}
-    return GgufTokenizer(
+    roles: dict[str, str | None] = {f"{role}_token": vocabulary.token(role) for role in ("bos", "eos", "unk", "pad")}
+    tokenizer = GgufTokenizer(
         build_backend(vocabulary),
         add_bos_token=default_add_bos(vocabulary) and "bos" in vocabulary.roles,
         add_eos_token=bool(vocabulary.add_eos),
@@ -57,6 +64,8 @@ def wrap(vocabulary: Vocabulary) -> PreTrainedTokenizerBase:
         clean_up_tokenization_spaces=False,
         **roles,
     )
+    tokenizer.name_or_path = vocabulary.path  # after construction: given a name, the constructor asks the hub about it
+    return tokenizer
 
 
 def stop_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
