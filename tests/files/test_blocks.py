@@ -134,6 +134,11 @@ def test_rows_are_counted_in_blocks(name: str) -> None:
             row_bytes(name, block.values + 1)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_no_rows_give_no_values(name: str) -> None:
+    assert dequantise(torch.empty(0, dtype=torch.uint8), name, (0, 256)).shape == (0, 256)
+
+
 def test_a_scalar_has_one_value() -> None:
     assert dequantise(torch.tensor([0, 0, 128, 63], dtype=torch.uint8), "F32", ()).item() == 1.0
 

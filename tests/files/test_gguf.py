@@ -157,9 +157,9 @@ def test_a_header_of_150k_tokens_is_parsed_in_time(tmp_path: Path) -> None:
     path = vocabulary_file(151_936, 151_387).write(tmp_path / "vocabulary.gguf")
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()  # this process's share: the machine may be busy with other tests
         file = GgufFile.open(path)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert len(set(file.metadata["tokenizer.ggml.tokens"])) == 151_936
     assert file.metadata["tokenizer.ggml.merges"][-1] == "Ġm928 erge151386"
     assert min(seconds) <= HEADER_SECONDS

@@ -19,9 +19,9 @@ def column(blocks: Tensor, start: int, stop: int) -> Tensor:
     return blocks[:, start:stop].clone(memory_format=torch.contiguous_format)
 
 
-def half(blocks: Tensor, start: int) -> Tensor:
-    """The fp16 number at byte ``start`` of every block: float32 [n, 1]."""
-    return column(blocks, start, start + 2).view(torch.float16).float()
+def halves(blocks: Tensor, start: int, count: int = 1) -> Tensor:
+    """The ``count`` fp16 numbers from byte ``start`` of every block on: float32 [n, count]."""
+    return column(blocks, start, start + 2 * count).view(torch.float16).float()
 
 
 def words(blocks: Tensor, start: int, stop: int) -> Tensor:

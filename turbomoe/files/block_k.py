@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from turbomoe.files.block_bits import EACH_BYTE_ONE, EACH_BYTE_THREE, column, half, nibbles, words
+from turbomoe.files.block_bits import EACH_BYTE_ONE, EACH_BYTE_THREE, column, halves, nibbles, words
 
 
 def q4_k(blocks: Tensor, out: Tensor) -> None:
@@ -35,26 +35,24 @@ def q6_k(blocks: Tensor, out: Tensor) -> None:
     pairs = torch.arange(0, 8, 2, device=blocks.device).view(4, 1)
     upper = (words(blocks, 128, 192).view(-1, 2, 1, 4) >> pairs).bitwise_and_(EACH_BYTE_THREE)
     codes = low.bitwise_or_(upper << 4).view(torch.int8).view(-1, 16, 16).sub_(32)
-    scales = column(blocks, 192, 208).view(torch.int8).float() * half(blocks, 208)
+    scales = column(blocks, 192, 208).view(torch.int8).float() * halves(blocks, 208)
     out.view(-1, 16, 16).copy_(codes).mul_(scales.unsqueeze(-1))
 
 
 def _scale_and_shift(blocks: Tensor, codes: Tensor, out: Tensor) -> None:
     """Fill ``out`` from unsigned codes, one to a byte, 256 a block, and the scales in the block's first 16 bytes."""
-    scales, minima = _six_bit_pairs(column(blocks, 4, 16))
-    runs = out.view(-1, 8, 32)
-    runs.copy_(codes.view(torch.uint8).view(-1, 8, 32))
-    runs.mul_((scales.float() * half(blocks, 0)).unsqueeze(-1))
-    runs.sub_((minima.float() * half(blocks, 2)).unsqueeze(-1))
+    factors = _six_bit_pairs(column(blocks, 4, 16)).float() * halves(blocks, 0, 2).unsqueeze(-1)
+    scales, minima = factors.unsqueeze(-1).unbind(1)
+    out.view(-1, 8, 32).copy_(codes.view(torch.uint8).view(-1, 8, 32)).mul_(scales).sub_(minima)
 
 
-def _six_bit_pairs(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Unpack uint8 [n, 12] to eight scales and eight minima: two uint8 [n, 8].
+def _six_bit_pairs(packed: Tensor) -> Tensor:
+    """Unpack uint8 [n, 12] to the eight scales and the eight minima of each block: uint8 [n, 2, 8].
 
     Bytes 0-3 hold scales 0-3 in their low 6 bits and the top pairs of scales 4-7 above them; bytes 4-7 the same for
     the minima; bytes 8-11 the low nibbles of scales 4-7 (low half) and of minima 4-7 (high half).
     """
-    scales, minima, rest = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
-    late_scales = (rest & 0x0F) | ((scales >> 2) & 0x30)
-    late_minima = (rest >> 4) | ((minima >> 2) & 0x30)
-    return torch.cat((scales & 0x3F, late_scales), 1), torch.cat((minima & 0x3F, late_minima), 1)
+    fours = packed.view(torch.int32)
+    first, rest = fours[:, :2], fours[:, 2]
+    late = torch.stack((rest & 0x0F0F0F0F, (rest >> 4) & 0x0F0F0F0F), 1) | ((first >> 2) & 0x30303030)
+    return torch.stack((first & 0x3F3F3F3F, late), 2).view(torch.uint8)

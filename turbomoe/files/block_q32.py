@@ -14,36 +14,38 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from turbomoe.files.block_bits import column, half, nibbles, words
+from turbomoe.files.block_bits import column, halves, nibbles, words
 
 
 def q4_0(blocks: Tensor, out: Tensor) -> None:
     """2 bytes d, 16 bytes of nibbles; zero is 8."""
     codes = nibbles(words(blocks, 2, 18)).view(torch.int8).view(-1, 32)
-    out.copy_(codes.sub_(8)).mul_(half(blocks, 0))
+    out.copy_(codes.sub_(8)).mul_(halves(blocks, 0))
 
 
 def q4_1(blocks: Tensor, out: Tensor) -> None:
     """2 bytes d, 2 bytes m, 16 bytes of nibbles."""
     codes = nibbles(words(blocks, 4, 20)).view(torch.uint8).view(-1, 32)
-    out.copy_(codes).mul_(half(blocks, 0)).add_(half(blocks, 2))
+    scale, minimum = halves(blocks, 0, 2).split(1, dim=1)
+    out.copy_(codes).mul_(scale).add_(minimum)
 
 
 def q5_0(blocks: Tensor, out: Tensor) -> None:
     """2 bytes d, 4 bytes of fifth bits, 16 bytes of nibbles; zero is 16."""
     codes = _five_bits(blocks, 2).view(torch.int8).view(-1, 32)
-    out.copy_(codes.sub_(16)).mul_(half(blocks, 0))
+    out.copy_(codes.sub_(16)).mul_(halves(blocks, 0))
 
 
 def q5_1(blocks: Tensor, out: Tensor) -> None:
     """2 bytes d, 2 bytes m, 4 bytes of fifth bits, 16 bytes of nibbles."""
     codes = _five_bits(blocks, 4).view(torch.uint8).view(-1, 32)
-    out.copy_(codes).mul_(half(blocks, 0)).add_(half(blocks, 2))
+    scale, minimum = halves(blocks, 0, 2).split(1, dim=1)
+    out.copy_(codes).mul_(scale).add_(minimum)
 
 
 def q8_0(blocks: Tensor, out: Tensor) -> None:
     """2 bytes d, 32 signed bytes."""
-    out.copy_(blocks[:, 2:].view(torch.int8)).mul_(half(blocks, 0))
+    out.copy_(blocks[:, 2:].view(torch.int8)).mul_(halves(blocks, 0))
 
 
 def _five_bits(blocks: Tensor, start: int) -> Tensor:
