@@ -47,8 +47,8 @@ class LloydMaxCodec(Codec):
         peak = x.abs().amax(-1, keepdim=True)
         unit = x / torch.where(peak > 0, peak, 1.0)
         norm = tree_sum(unit * unit).sqrt()
-        # Only a vector of zeros has a norm below 1 here.
-        spread = unit * (math.sqrt(self.head_dim) / norm.clamp(min=1.0))
+        # NaN here for vectors of zeros and those that were not finite: compared with borders, it takes the first level.
+        spread = unit * (math.sqrt(self.head_dim) / norm)
         step = nearest_level(spread.abs(), self.bits)
         chosen = look_up(_positive_levels(self.bits, str(x.device)), step.int())
         scale = peak * (norm / tree_sum(chosen * chosen).sqrt())
