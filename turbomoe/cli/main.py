@@ -19,7 +19,7 @@ from turbomoe.errors import SettingsError, TurbomoeError
 from turbomoe.notices import board
 
 # One file a verb in this folder, each with add_parser(subparsers) and main(args) -> int.
-VERBS = ("doctor",)
+VERBS = ("run", "chat", "eval", "demo", "doctor")
 
 OK, ERROR, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 

@@ -31,6 +31,11 @@ def needs_means(model: LoadedModel, kv: KVSettings) -> bool:
     return kv.means and any(make_codec(t, s.head_dim).rotated for s in full for t in (kv.type_k, kv.type_v))
 
 
+def is_calibrated(model: LoadedModel, kv: KVSettings) -> bool:
+    """Whether ``means_for`` will answer without running the model."""
+    return not needs_means(model, kv) or means_path(model.identity).exists()
+
+
 def means_for(model: LoadedModel, kv: KVSettings) -> KVMeans | None:
     """The model's means, calibrated now if they are not on disk yet; None where the settings do not use any."""
     if not needs_means(model, kv):

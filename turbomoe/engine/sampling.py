@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from transformers import (
     LogitsProcessorList,
@@ -46,7 +48,8 @@ class Sampler:
         """One token from logits [vocab] of a sequence whose tokens so far are ``history``."""
         scores = logits[None].float().cpu()
         if self.chain:
-            scores = self.chain(torch.tensor([history]), scores)
+            ids = cast(torch.LongTensor, torch.tensor([history]))
+            scores = self.chain(ids, cast(torch.FloatTensor, scores))
         if self.params.temperature == 0.0:
             return int(scores.argmax())
         return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self.generator))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -14,10 +14,11 @@ from turbomoe.config import EngineSettings
 from turbomoe.errors import IntegrityError
 from turbomoe.files import open_model
 from turbomoe.files.base import ModelSource
-from turbomoe.models.base import LoadedModel
+from turbomoe.kv.shape import LayerShape
+from turbomoe.models.base import Forecast, LoadedModel
 from turbomoe.models.configure import read_config
 from turbomoe.models.families import find_family
-from turbomoe.models.names import placer
+from turbomoe.models.names import names_of
 from turbomoe.models.plan import LoadPlan, make_plan
 from turbomoe.models.sampling import sampling_defaults
 from turbomoe.models.shapes import ExpertShape, expert_shape, layer_shapes
@@ -26,28 +27,40 @@ from turbomoe.notices import Notice, board
 from turbomoe.upstream.shell import build_shell, on_meta, swap_experts, tie_embeddings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from turbomoe.experts.module import StoreExperts
     from turbomoe.experts.runtime import ExpertRuntime
 
-__all__ = ["LoadedModel", "load_model"]
+__all__ = ["Forecast", "LoadedModel", "load_model"]
 
 
 def load_model(
-    path: Path, settings: EngineSettings, progress: Progress | None = None, *, attention: str = "turbomoe"
+    path: Path,
+    settings: EngineSettings,
+    progress: Progress | None = None,
+    *,
+    attention: str = "turbomoe",
+    before: Callable[[Forecast], None] | None = None,
 ) -> LoadedModel:
     """Open the model at ``path`` (a GGUF file or a safetensors folder) and make it runnable.
 
-    ``progress(done, total)`` hears of packed bytes read. ``attention`` names the attention implementation of the
-    shell. Raises ``ModelFileError`` for a file that cannot be read and ``ModelError`` for one that is not a model
-    we can run; nothing is guessed and nothing is left without weights.
+    ``before`` hears what the model is going to take once everything is checked and nothing is read yet; it may
+    raise to stop. ``progress(done, total)`` hears of packed bytes read. ``attention`` names the attention
+    implementation of the shell. Raises ``ModelFileError`` for a file that cannot be read and ``ModelError`` for one
+    that is not a model we can run; nothing is guessed and nothing is left without weights.
     """
     with closing(open_model(path)) as source:
-        return _load(source, settings, progress, attention)
+        return _load(source, settings, progress, attention, before)
 
 
-def _load(source: ModelSource, settings: EngineSettings, progress: Progress | None, attention: str) -> LoadedModel:
+def _load(
+    source: ModelSource,
+    settings: EngineSettings,
+    progress: Progress | None,
+    attention: str,
+    before: Callable[[Forecast], None] | None,
+) -> LoadedModel:
     family = find_family(source)
     config = read_config(source, family)
     layers = layer_shapes(config)
@@ -56,8 +69,10 @@ def _load(source: ModelSource, settings: EngineSettings, progress: Progress | No
     shell = build_shell(config, attention=attention, dtype=dtype)
     routed = _swap(shell)
     experts = expert_shape(config) if routed else None
-    plan = make_plan(source, placer(source, family, config), shell, routed, experts)
+    plan = make_plan(source, names_of(source, family, config), shell, routed, experts)
     _tell_skipped(plan)
+    if before is not None:
+        before(forecast(plan, shell, config, layers))
     meter = Meter(plan.nbytes, progress)
     fill_shell(plan, source, shell, dtype, device, meter)
     _finish(shell, device)
@@ -78,6 +93,13 @@ def _load(source: ModelSource, settings: EngineSettings, progress: Progress | No
         sampling=sampling_defaults(source),
         experts=runtime,
     )
+
+
+def forecast(plan: LoadPlan, shell: nn.Module, config: PretrainedConfig, layers: tuple[LayerShape, ...]) -> Forecast:
+    """What loading ``plan`` into ``shell`` will take."""
+    weights = sum(parameter.nbytes for parameter in shell.parameters())
+    experts = sum(info.nbytes for info, _ in plan.routed)
+    return Forecast(weights, experts, layers, config.max_position_embeddings, config)
 
 
 def choose_dtype(settings: EngineSettings) -> torch.dtype:

@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     from turbomoe.experts.runtime import ExpertRuntime
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """What a model will take, known before its weights are read: bytes of dense weights and of packed experts."""
+
+    weight_bytes: int
+    expert_bytes: int
+    layers: tuple[LayerShape, ...]
+    context_length: int
+    config: PretrainedConfig
+
+
 @dataclass
 class LoadedModel:
     """A runnable model: a stock transformers shell with its weights in place.

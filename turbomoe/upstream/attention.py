@@ -41,7 +41,7 @@ class AttentionView(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, memory: KVCache, layer: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.memory, self.layer = memory, layer
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -69,6 +69,7 @@ class StepView(Cache):
 
     def __init__(self, memory: KVCache) -> None:
         self.memory = memory
+        self._recurrent: dict[int, LinearAttentionLayer] = {}
         super().__init__(layers=[self._view(shape) for shape in memory.shapes])
 
     def _view(self, shape: AttentionShape | RecurrentShape) -> AttentionView | LinearAttentionLayer:
@@ -81,17 +82,16 @@ class StepView(Cache):
         layer.conv_states[0], layer.recurrent_states[0] = conv, state
         # A slot without history is all zeros, which is a valid previous state: one path for first and later chunks.
         layer.has_previous_state[0] = True
+        self._recurrent[shape.layer] = layer
         return layer
 
     def write_back(self) -> None:
         """Store the recurrent states that the step has changed."""
         assert self.memory.step is not None
-        for shape in self.memory.shapes:
-            if isinstance(shape, RecurrentShape):
-                layer = self.layers[shape.layer]
-                self.memory.recurrent[shape.layer].write(
-                    self.memory.step.slots, layer.conv_states[0], layer.recurrent_states[0]
-                )
+        for index, layer in self._recurrent.items():
+            conv, state = layer.conv_states[0], layer.recurrent_states[0]
+            assert conv is not None and state is not None
+            self.memory.recurrent[index].write(self.memory.step.slots, conv, state)
 
 
 def attention(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
 
 import torch
 from torch import nn
@@ -12,10 +11,9 @@ from turbomoe.kv.cache import KVCache
 from turbomoe.upstream.attention import StepView
 
 
-@lru_cache(maxsize=8)
-def _cache_argument(shell_type: type[nn.Module]) -> str:
+def _cache_argument(shell: nn.Module) -> str:
     """``past_key_values`` until transformers 5.2x, ``cache`` after."""
-    parameters = inspect.signature(shell_type.forward).parameters
+    parameters = inspect.signature(shell.forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
 
 
@@ -24,7 +22,7 @@ def forward(shell: nn.Module, ids: torch.Tensor, memory: KVCache, keep: int) -> 
     step = memory.step
     assert step is not None
     view = StepView(memory)
-    arguments = {_cache_argument(type(shell)): view, "use_cache": True, "logits_to_keep": keep}
+    arguments = {_cache_argument(shell): view, "use_cache": True, "logits_to_keep": keep}
     out = shell(input_ids=ids, position_ids=step.positions(0, step.count), **arguments)
     view.write_back()
     logits: torch.Tensor = out.logits

@@ -1,0 +1,97 @@
+"""``turbomoe eval``: what a KV setting costs in fidelity, on a text of your own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from typing import TYPE_CHECKING
+
+from turbomoe.cli.options import add_common, add_engine, add_model
+from turbomoe.config import KVSettings
+from turbomoe.errors import RequestError, SettingsError
+
+if TYPE_CHECKING:
+    from turbomoe.insight.divergence import Divergence
+
+_SPEC = re.compile(r"([a-z0-9_]+)(?:/([a-z0-9_]+))?(?:@(\d{1,7})\+(\d{1,7}))?(-means)?")
+SPEC_HELP = "K[/V][@SINK+RECENT][-means], as in tq3, tq3/tq2, tq4@128+1024 or tq3@0+0-means; repeatable"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb to the command line."""
+    text = (
+        "Perplexity of a model on a text, and for each KV setting the KL divergence from the bf16 cache (nats per "
+        "token) and how often the likeliest token stays the same, beside the noise floor of rounding alone."
+    )
+    parser = subparsers.add_parser("eval", help="measure what a KV setting costs in fidelity", description=text)
+    add_model(parser)
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 text to judge on (default: chapters of Moby-Dick)")
+    parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="use the first N tokens (default 2048)")
+    parser.add_argument(
+        "--kv", action="append", metavar="SPEC", help=f"a setting to judge instead of -ctk/-ctv: {SPEC_HELP}"
+    )
+    add_engine(parser)
+    add_common(parser)
+    parser.set_defaults(main=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Load, compare, print the table."""
+    from turbomoe.cli.run import read_text
+    from turbomoe.insight.texts import NAME, judgement_text
+
+    if args.tokens < 2:
+        raise SettingsError("--tokens must be at least 2")
+    text = read_text(args.text) if args.text else judgement_text()
+    name = args.text or NAME
+    args.ctx_size = args.tokens
+    chosen = [parse_spec(spec) for spec in args.kv] if args.kv else None
+    from turbomoe.cli.loading import Bar, load
+    from turbomoe.insight.divergence import REFERENCE, compare
+    from turbomoe.upstream.prompts import encode_text
+
+    model, settings = load(args)
+    if model.tokenizer is None:
+        raise RequestError(f"{model.name} has no tokenizer and cannot read text")
+    ids = encode_text(model.tokenizer, text)[: args.tokens]
+    if len(ids) < 2:
+        raise RequestError(f"{name} is too short to judge on", fix="Give at least two tokens of text")
+    settled = chosen if chosen is not None else [settings.kv] if settings.kv != REFERENCE else []
+    with Bar("judging", unit="token") as bar:
+        verdicts = compare(model, ids, settled, bar)
+    if args.json:
+        print(json.dumps({"model": model.name, "text": name, "results": [v.to_json() for v in verdicts]}))
+    else:
+        print(f"{model.name}, {len(ids)} tokens of {name}", file=sys.stderr)
+        print(render(verdicts))
+    return 0
+
+
+def parse_spec(spec: str) -> KVSettings:
+    """Settings from a short description; raises ``SettingsError`` for one that cannot be read."""
+    match = _SPEC.fullmatch(spec)
+    if match is None:
+        raise SettingsError(f"{spec!r} is not a KV setting", fix=f"Write {SPEC_HELP}")
+    key, value, sink, recent, no_means = match.groups()
+    default = KVSettings()
+    windows = (default.sink, default.recent) if sink is None else (int(sink), int(recent))
+    return KVSettings(key, value or key, *windows, means=no_means is None)
+
+
+def render(verdicts: list[Divergence]) -> str:
+    """One aligned line a setting, readable as a Markdown table."""
+    heads = ["KV cache", "bits/value", "perplexity", "mean KL", "median KL", "99.9% KL", "same top"]
+    rows = [
+        [v.label, f"{v.bits_per_value:.2f}", f"{v.perplexity:.3f}", *map(_kl, (v.mean_kl, v.median_kl, v.kl_99_9)),
+         f"{100 * v.same_top:.2f}%"]
+        for v in verdicts
+    ]  # fmt: skip
+    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
+    lines = [heads, ["-" * width for width in widths], *rows]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def _kl(value: float) -> str:
+    return f"{value:.5f}" if value < 10 else f"{value:.2f}"
