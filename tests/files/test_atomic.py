@@ -306,6 +306,14 @@ def test_a_live_writer_in_this_process_is_left_alone(tmp_path: Path) -> None:
     assert not atomic._live
 
 
+def test_the_moment_before_the_lock_is_safe_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    monkeypatch.setattr(atomic, "_lock", lambda descriptor: counts.append(sweep_orphans(tmp_path)))
+    write_bytes(tmp_path / "file", b"new")
+    assert counts == [0]
+    assert os.listdir(tmp_path) == ["file"]
+
+
 @pytest.fixture
 def stranger(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another live process that holds a lock on the file named on its standard input."""
