@@ -1,8 +1,8 @@
 """Files are written whole or not at all: temporary file, flush, fsync, rename, fsync of the folder.
 
-The only place in the project that puts bytes where a reader may look for them (downloads, which must be resumable,
-have their own: ``hub_transfer.py``). A process killed at any moment leaves
-the old file, or the new one, and at worst an orphaned temporary file that the next writer in that folder sweeps away.
+The only place in the project that puts bytes where a reader may look for them; downloads, which must be resumable,
+have their own (``hub_transfer.py``). A process killed at any moment leaves the old file, or the new one, and at worst
+an orphaned temporary file that the next writer in that folder sweeps away.
 """
 
 from __future__ import annotations
