@@ -26,7 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def main(args: argparse.Namespace) -> int:
     """Print every check; 1 when one of them is a problem."""
-    checks = [*software_checks(), *machine_checks(), *demo_checks()]
+    checks = [*software_checks(), *machine_checks(), native_check(), *demo_checks()]
     if args.json:
         print(json.dumps({"ok": not _problems(checks), "checks": [asdict(check) for check in checks]}, indent=2))
     else:
@@ -77,6 +77,14 @@ def _triton_check() -> Check:
         return Check("triton", version("triton"))
     except PackageNotFoundError:
         return Check("triton", "not installed (nothing on the CPU path needs it)")
+
+
+def native_check() -> Check:
+    """Whether the C core for experts on the CPU has been built on this machine."""
+    from turbomoe.native.build import default_target
+
+    library = default_target()
+    return Check("native core", str(library) if library.exists() else "not built: experts are computed by torch")
 
 
 def demo_checks() -> list[Check]:

@@ -38,7 +38,6 @@ def machine_checks(root: Path = Path("/")) -> list[Check]:
         memory_check(root),
         *gpu_checks(root),
         compiler_check(),
-        Check("native core", "none in this version: experts are computed by torch"),
         state_check(state_dir()),
     ]
 
@@ -98,10 +97,10 @@ def no_gpu_check(driver: bool, cuda: str | None) -> Check:
 
 
 def compiler_check() -> Check:
-    """The C compiler, which the native core will be built with."""
+    """The C compiler that the native core is built with."""
     path = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if path is None:
-        return Check("c compiler", "none", "note", "Nothing needs it yet; later versions will (apt install gcc)")
+        return Check("c compiler", "none", "note", "The C core for experts is built with one (apt install gcc)")
     return Check("c compiler", _first_line([path, "--version"]) or path)
 
 
