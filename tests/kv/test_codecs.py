@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 
 import gguf
 import numpy as np
@@ -306,6 +308,15 @@ def test_what_is_not_finite_decodes_to_nan_and_nothing_else_does(name: str) -> N
     assert bool((planes[0].unflatten(-1, (64 // block, -1)) == zeros)[blocks].all())
 
 
+@pytest.mark.parametrize("name", TQ)
+def test_zeros_inside_a_vector_take_the_smallest_positive_level(name: str) -> None:
+    codec, x = make_codec(name, 64), torch.randn(64)
+    x[:2] = torch.tensor([0.0, -0.0])
+    codes, scales = codec.encode(x)
+    smallest = torch.tensor(levels(TQ[name])[2 ** TQ[name] // 2]) * scales.float()
+    assert torch.equal(codec.decode((codes, scales))[:2], smallest.expand(2))
+
+
 @pytest.mark.parametrize("bits", TQ.values())
 def test_a_magnitude_on_a_border_takes_the_larger_level(bits: int) -> None:
     borders = torch.tensor([border for border in thresholds(bits) if border > 0])
@@ -363,3 +374,13 @@ def test_an_unknown_name_is_told_all_names(name: str) -> None:
 def test_a_head_size_that_does_not_fit_is_refused(name: str, dim: int) -> None:
     with pytest.raises(SettingsError, match=f"{name} cannot store heads of {dim} values"):
         make_codec(name, dim)
+
+
+def test_the_plain_path_loads_no_codec() -> None:
+    """Off is off: a cache in bf16 imports neither the other codecs nor the rotation."""
+    script = (
+        "import sys; from turbomoe.kv.codecs import make_codec; make_codec('bf16', 64)\n"
+        "print(*sorted(m for m in sys.modules if m.startswith('turbomoe.kv.')))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert loaded == ["turbomoe.kv.base", "turbomoe.kv.codecs", "turbomoe.kv.codecs.plain"]

@@ -1,4 +1,7 @@
-"""The registry of KV codecs: a name the user types, and the codec it means for a head size."""
+"""The registry of KV codecs: a name the user types, and the codec it means for a head size.
+
+Builders import late: a cache in bf16 never loads the codecs, the codebooks and the rotation.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,7 @@ import torch
 from turbomoe.config import KV_TYPE_ALIASES
 from turbomoe.errors import SettingsError
 from turbomoe.kv.base import Codec
-
-
-def _plain(name: str, dtype: torch.dtype, head_dim: int) -> Codec:
-    from turbomoe.kv.codecs.plain import PlainCodec
-
-    return PlainCodec(name, dtype, head_dim)
+from turbomoe.kv.codecs.plain import PlainCodec
 
 
 def _q8_0(head_dim: int) -> Codec:
@@ -30,11 +28,10 @@ def _lloyd_max(bits: int, head_dim: int) -> Codec:
     return LloydMaxCodec(bits, head_dim)
 
 
-# Built on demand: a run with exact types never loads the rotation and the codebooks.
 CODECS: dict[str, Callable[[int], Codec]] = {
-    "f32": partial(_plain, "f32", torch.float32),
-    "f16": partial(_plain, "f16", torch.float16),
-    "bf16": partial(_plain, "bf16", torch.bfloat16),
+    "f32": partial(PlainCodec, "f32", torch.float32),
+    "f16": partial(PlainCodec, "f16", torch.float16),
+    "bf16": partial(PlainCodec, "bf16", torch.bfloat16),
     "q8_0": _q8_0,
     "tq4": partial(_lloyd_max, 4),
     "tq3": partial(_lloyd_max, 3),
