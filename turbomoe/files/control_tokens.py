@@ -78,16 +78,13 @@ class ControlTokens:
 
 
 def _plain_twin(backend: Tokenizer, *, at_start: bool = True) -> Tokenizer:
-    """The tokenizer with its special tokens cut like any other text. Shares the vocabulary where it can.
+    """The tokenizer with its special tokens cut like any other text. Shares the vocabulary.
 
     User-defined tokens are still matched whole, as the reference implementations do.
     """
-    added = backend.get_added_tokens_decoder()
     twin = Tokenizer(backend.model)
     twin.normalizer = backend.normalizer
-    twin.add_tokens([token for _, token in sorted(added.items())])
-    if twin.get_added_tokens_decoder() != added:  # ids with gaps between them: only a full copy keeps those
-        twin = Tokenizer.from_str(backend.to_str())
+    twin.add_tokens([token for _, token in sorted(backend.get_added_tokens_decoder().items())])
     twin.pre_tokenizer, twin.post_processor = backend.pre_tokenizer, backend.post_processor
     cut = twin.pre_tokenizer
     if not at_start and isinstance(cut, Metaspace) and cut.prepend_scheme == "first":

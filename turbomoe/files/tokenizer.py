@@ -82,10 +82,8 @@ def _bad_merge(vocabulary: Vocabulary, ids: dict[str, int], error: Exception) ->
 
 def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
     ids = {token: index for index, token in enumerate(vocabulary.tokens)}
-    unknown = vocabulary.token("unk")
-    model = models.BPE(
-        vocab=ids, merges=_derived_merges(vocabulary, ids), unk_token=unknown, fuse_unk=True, byte_fallback=True
-    )
+    merges, unknown = _derived_merges(vocabulary, ids), _unknown_token(vocabulary)
+    model = models.BPE(vocab=ids, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     backend = Tokenizer(model)
     prefix = vocabulary.add_space_prefix is not False
     escape = normalizers.Replace(" ", SPACE)
@@ -95,6 +93,17 @@ def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     return backend
+
+
+def _unknown_token(vocabulary: Vocabulary) -> str | None:
+    """What stands for text that the vocabulary cannot spell; not needed where it has every byte."""
+    named = vocabulary.token("unk")
+    if named is None and TokenType.UNKNOWN in vocabulary.types:
+        named = vocabulary.tokens[vocabulary.types.index(TokenType.UNKNOWN)]
+    if named is None and vocabulary.types.count(TokenType.BYTE) < 256:
+        reason = "there is neither a token for every byte nor one for unknown text"
+        raise ModelFileError(vocabulary.path, reason, field="tokenizer.ggml.token_type")
+    return named
 
 
 def _derived_merges(vocabulary: Vocabulary, ids: dict[str, int]) -> list[tuple[str, str]]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import Environment, TemplateError, TemplateSyntaxError
 from jinja2.exceptions import SecurityError
+from jinja2.meta import find_undeclared_variables
 from transformers import PreTrainedTokenizerBase
 
 from turbomoe.errors import ModelError, RequestError
@@ -17,11 +19,8 @@ from turbomoe.files.control_tokens import ControlTokens
 from turbomoe.notices import Notice, board
 
 Message = Mapping[str, Any]
-# The names under which families' templates read the switch, and how to see that one does.
-THINKING_SWITCHES = {
-    "enable_thinking": r"\benable_thinking\b",
-    "thinking": r"\bif (not )?thinking\b|\bthinking is defined",
-}
+GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' own addition to the grammar
+THINKING_SWITCHES = ("enable_thinking", "thinking")  # variables that the families' templates read
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, allow_special: bool = False) -> list[int]:
@@ -109,8 +108,18 @@ def supports_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _thinking_switch(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    template = str(tokenizer.chat_template or "")
-    return next((name for name, use in THINKING_SWITCHES.items() if re.search(use, template)), None)
+    variables = _variables(str(tokenizer.chat_template or ""))
+    return next((name for name in THINKING_SWITCHES if name in variables), None)
+
+
+@lru_cache(maxsize=16)
+def _variables(template: str) -> frozenset[str]:
+    """What a template reads from outside; nothing for one that cannot be parsed (rendering says why)."""
+    grammar = Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        return frozenset(find_undeclared_variables(grammar.parse(GENERATION_TAG.sub("", template))))
+    except TemplateSyntaxError:
+        return frozenset()
 
 
 def _thinking_argument(tokenizer: PreTrainedTokenizerBase, thinking: bool | None) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def _from_folder(path: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # what is in the files is a stranger's, and the libraries raise anything
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        why = str(error).strip().split("\n")[0].rstrip(": ") or type(error).__name__
         raise ModelError(f"No tokenizer could be loaded from {path}", why=why, fix=fix) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelError(f"The tokenizer in {path} is not one of the tokenizers library", fix=fix)
