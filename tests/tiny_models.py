@@ -10,6 +10,7 @@ it is an oracle for the reader: nothing here may import ``turbomoe``.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -206,10 +207,14 @@ def to_gguf(model: PreTrainedModel, name: str, array: Array, *, fused: bool = Fa
         return [(f"blk.{name.split('.')[2]}.ffn_down_exps.weight", array)]
     if name.endswith("linear_attn.dt_bias"):
         return [(f"blk.{name.split('.')[2]}.ssm_dt.bias", _tile_heads(config, array, 1))]
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    target = _name_map(arch, config.num_hidden_layers).get_name(name, try_suffixes=(".weight", ".bias"))
     assert target is not None, f"gguf has no name for {name}"
     return [(target, _CONVERT.get(arch, lambda config, name, array: array)(config, name, array))]
+
+
+@functools.cache
+def _name_map(arch: MODEL_ARCH, layers: int) -> gguf.TensorNameMap:
+    return gguf.get_tensor_name_map(arch, layers)
 
 
 def _arch(model: PreTrainedModel) -> MODEL_ARCH:

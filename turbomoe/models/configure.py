@@ -68,8 +68,8 @@ def _hub_fields(source: ModelSource, family: Family) -> dict[str, Any]:
     if "quantization_config" in whole or "quantization_config" in text:
         raise ModelError(
             f"{source.path} holds weights quantised in a way that turbomoe does not read",
-            why="its config.json has a quantization_config",
-            fix="take the model's BF16 safetensors or a GGUF of it",
+            why="Its config.json has a quantization_config",
+            fix="Take the model's BF16 safetensors or a GGUF of it",
         )
     fields = {key: value for key, value in text.items() if key not in _NOT_THE_MODEL}
     for key in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):

@@ -106,6 +106,9 @@ def decoder_layers(header: GgufHeader) -> int:
     extra = header.integer("nextn_predict_layers", low=0, high=blocks, default=0)
     if extra == blocks:
         raise header.wrong("nextn_predict_layers", "it leaves no decoder layer")
+    # Checked here because building a model of a thousand layers, only to find them missing, takes seconds.
+    if not any(name.startswith(f"blk.{blocks - 1}.") for name in header.source.tensors):
+        raise header.wrong("block_count", f"the file has no block {blocks - 1}")
     return blocks - extra
 
 
@@ -165,4 +168,4 @@ def routed_config(header: GgufHeader) -> dict[str, Any]:
 def refuse(header: GgufHeader, key: str, what: str) -> None:
     """Raise ``ModelError`` if ``key`` is present and not zero: computing on would be silently wrong."""
     if header.source.metadata.get(f"{header.architecture}.{key}"):
-        raise ModelError(f"{what} is not supported for {header.architecture} models", why=f"file {header.source.path}")
+        raise ModelError(f"{what} is not supported for {header.architecture} models", why=f"File {header.source.path}")

@@ -82,7 +82,7 @@ class GgufHeader:
         """Rows of the embedding: what the weights say, not what the tokenizer claims."""
         info = self.source.tensors.get("token_embd.weight")
         if info is None or len(info.shape) != 2:
-            raise ModelError("The tensor token_embd.weight is missing or not a matrix", why=f"file {self.source.path}")
+            raise ModelError("The tensor token_embd.weight is missing or not a matrix", why=f"File {self.source.path}")
         return info.shape[0]
 
     def wrong(self, key: str, why: str) -> ModelError:
@@ -94,8 +94,8 @@ class GgufHeader:
         if value is None:
             raise ModelError(
                 f"The metadata key {self.architecture}.{key} is missing from {self.source.path}",
-                why=f"a {self.architecture} model cannot be built without it",
-                fix="convert the model again with a current converter",
+                why=f"A {self.architecture} model cannot be built without it",
+                fix="Convert the model again with a current converter",
             )
         return value
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,8 @@ if TYPE_CHECKING:
 VISION = Skipped("vision")
 PREDICTION = Skipped("multi-token prediction")
 DERIVED = Skipped("derived values")
-Place = Callable[[str], Placement | None]
-
 _BLOCK = re.compile(r"blk\.(\d{1,6})\.(.+)")
+_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.(.+)")
 _STACKED = re.compile(r"model\.layers\.(\d{1,6})\.mlp\.experts\.(gate_up_proj|down_proj)")
 _SINGLE = re.compile(r"model\.layers\.(\d{1,6})\.mlp\.experts\.(\d{1,6})\.(gate|up|down)_proj\.weight")
 _HUB_VISION = ("model.visual.", "visual.", "vision_tower.", "model.vision_tower.", "multi_modal_projector.",
@@ -27,31 +27,51 @@ _HUB_VISION = ("model.visual.", "visual.", "vision_tower.", "model.vision_tower.
 _TEXT_PREFIXES = (("model.language_model.", "model."), ("language_model.model.", "model."), ("language_model.", ""))
 
 
-def placer(source: ModelSource, family: Family, config: PretrainedConfig) -> Place:
-    """A function from a tensor name of ``source`` to its placement, or None for a name nobody knows."""
+class Names(ABC):
+    """How one model file calls its tensors."""
+
+    @abstractmethod
+    def place(self, name: str) -> Placement | None:
+        """Where the tensor ``name`` of the file goes; None for a name nobody knows."""
+
+    @abstractmethod
+    def file_name(self, weight: str) -> str:
+        """What the file should call the model's ``weight`` (for messages)."""
+
+
+def names_of(source: ModelSource, family: Family, config: PretrainedConfig) -> Names:
+    """The naming of ``source``: llama.cpp's by the family's tables, or the hub's."""
     if source.kind == "gguf":
-        return _gguf_placer(source, family, config)
-    return place_hub
+        return GgufNames(family, config, source.metadata.get(f"{family.architecture}.block_count", 0))
+    return HubNames()
 
 
-def _gguf_placer(source: ModelSource, family: Family, config: PretrainedConfig) -> Place:
-    outer, table = family.model(config), family.layer(config)
-    layers = config.num_hidden_layers
-    blocks = source.metadata.get(f"{family.architecture}.block_count", layers)
+class GgufNames(Names):
+    """llama.cpp's names; of its ``blocks`` those beyond the decoder's layers predict further tokens."""
 
-    def place(name: str) -> Placement | None:
-        if name in outer:
-            return outer[name]
+    def __init__(self, family: Family, config: PretrainedConfig, blocks: int) -> None:
+        self._outer, self._table = family.model(config), family.layer(config)
+        self._layers, self._blocks = config.num_hidden_layers, blocks
+
+    def place(self, name: str) -> Placement | None:
+        if name in self._outer:
+            return self._outer[name]
         if name.startswith(("v.", "mm.")):
             return VISION
         match = _BLOCK.fullmatch(name)
-        if match is None or int(match[1]) >= blocks:
+        if match is None or int(match[1]) >= self._blocks:
             return None
-        if int(match[1]) >= layers:
+        if int(match[1]) >= self._layers:
             return PREDICTION
-        return _in_layer(table, int(match[1]), match[2])
+        return _in_layer(self._table, int(match[1]), match[2])
 
-    return place
+    def file_name(self, weight: str) -> str:
+        if match := _SINGLE.fullmatch(weight):
+            return f"blk.{match[1]}.ffn_{match[3]}_exps.weight"
+        layer = _LAYER.fullmatch(weight)
+        table, leaf, prefix = (self._table, layer[2], f"blk.{layer[1]}.") if layer else (self._outer, weight, "")
+        found = (name for name, to in table.items() if isinstance(to, Dense) and to.name == leaf)
+        return prefix + next(found, leaf)
 
 
 def _in_layer(table: Mapping[str, Dense | Routed], layer: int, leaf: str) -> Placement | None:
@@ -59,6 +79,16 @@ def _in_layer(table: Mapping[str, Dense | Routed], layer: int, leaf: str) -> Pla
     if isinstance(found, Dense):
         return replace(found, name=f"model.layers.{layer}.{found.name}")
     return replace(found, layer=layer) if found else None
+
+
+class HubNames(Names):
+    """The hub's names, which are transformers' but for experts and for composites' prefixes."""
+
+    def place(self, name: str) -> Placement:
+        return place_hub(name)
+
+    def file_name(self, weight: str) -> str:
+        return weight
 
 
 def place_hub(name: str) -> Placement:

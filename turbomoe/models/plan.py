@@ -11,7 +11,7 @@ from torch import nn
 
 from turbomoe.errors import ModelError
 from turbomoe.files.base import ModelSource, TensorInfo
-from turbomoe.models.names import Place
+from turbomoe.models.names import Names
 from turbomoe.models.placement import Dense, Routed, Skipped, same
 from turbomoe.models.shapes import ExpertShape
 
@@ -37,7 +37,7 @@ class LoadPlan:
 
 
 def make_plan(
-    source: ModelSource, place: Place, shell: nn.Module, routed_layers: Iterable[int], experts: ExpertShape | None
+    source: ModelSource, names: Names, shell: nn.Module, routed_layers: Iterable[int], experts: ExpertShape | None
 ) -> LoadPlan:
     """Plan the loading of ``source`` into ``shell`` (and a store, for the layers in ``routed_layers``).
 
@@ -46,9 +46,9 @@ def make_plan(
     """
     plan, tied = LoadPlan(), _tied(shell)
     for info in source.tensors.values():
-        _sort(plan, info, place(info.name), tied, source)
-    _check_dense(plan, shell, source)
-    _check_routed(plan, set(routed_layers), experts, source)
+        _sort(plan, info, names.place(info.name), tied, source)
+    _check_dense(plan, shell, names, source)
+    _check_routed(plan, set(routed_layers), experts, names, source)
     return plan
 
 
@@ -70,7 +70,7 @@ def _tied(shell: nn.Module) -> bool:
     return bool(getattr(shell.config, "tie_word_embeddings", False))
 
 
-def _check_dense(plan: LoadPlan, shell: nn.Module, source: ModelSource) -> None:
+def _check_dense(plan: LoadPlan, shell: nn.Module, names: Names, source: ModelSource) -> None:
     wanted = dict(shell.named_parameters())
     buffers = dict(shell.named_buffers())
     for info, to in plan.dense:
@@ -82,7 +82,7 @@ def _check_dense(plan: LoadPlan, shell: nn.Module, source: ModelSource) -> None:
     _check_once(Counter(to.name for _, to in plan.dense), source)
     missing = sorted(wanted.keys() - {to.name for _, to in plan.dense})
     if missing:
-        raise _missing(missing, source)
+        raise _missing(missing, names, source)
 
 
 def _check_shape(
@@ -99,12 +99,14 @@ def _check_shape(
     if shape != wanted:
         raise ModelError(
             f"The tensor {info.name} of {source.path} has the shape {info.shape}, which does not fit",
-            why=f"it becomes {name} of shape {wanted} in the model",
-            fix="the file is damaged or was converted for another program",
+            why=f"It becomes {name} of shape {wanted} in the model",
+            fix="The file is damaged or was converted for another program",
         )
 
 
-def _check_routed(plan: LoadPlan, layers: set[int], experts: ExpertShape | None, source: ModelSource) -> None:
+def _check_routed(
+    plan: LoadPlan, layers: set[int], experts: ExpertShape | None, names: Names, source: ModelSource
+) -> None:
     seen: Counter[tuple[int, str, int]] = Counter()
     formats: dict[tuple[int, str], str] = {}
     for info, to in plan.routed:
@@ -116,11 +118,11 @@ def _check_routed(plan: LoadPlan, layers: set[int], experts: ExpertShape | None,
             seen.update((to.layer, part, expert) for expert in members)
             if formats.setdefault((to.layer, part), info.format) != info.format:
                 raise ModelError(f"{info.name} of {source.path} is {info.format}, unlike its layer's other experts")
-    _check_once(Counter({_expert_name(*key): count for key, count in seen.items()}), source)
+    _check_once(Counter({_expert_name(*key): count for key, count in seen.items() if count > 1}), source)
     if experts is not None:
         wanted = ((l, p, e) for l in sorted(layers) for p in ROUTED_PARTS for e in range(experts.num_experts))
         if missing := [_expert_name(*key) for key in wanted if key not in seen]:
-            raise _missing(missing, source)
+            raise _missing(missing, names, source)
 
 
 def _routed_shape(to: Routed, experts: ExpertShape) -> tuple[int, ...]:
@@ -145,14 +147,16 @@ def _check_once(counts: Counter[str], source: ModelSource) -> None:
 def _unexpected(name: str, source: ModelSource) -> ModelError:
     return ModelError(
         f"The tensor {name} of {source.path} has no place in the model",
-        why="its architecture, as the file describes it, has no such weight",
-        fix="the file is damaged, or of a variant that turbomoe does not know",
+        why="Its architecture, as the file describes it, has no such weight",
+        fix="The file is damaged, or of a variant that turbomoe does not know",
     )
 
 
-def _missing(names: list[str], source: ModelSource) -> ModelError:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+def _missing(weights: list[str], names: Names, source: ModelSource) -> ModelError:
+    more = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
+    ours, theirs = weights[0], names.file_name(weights[0])
+    called = f"{theirs} ({ours} in the model)" if theirs != ours else ours
     return ModelError(
-        f"{source.path} lacks weights that the model needs: {names[0]}{more}",
-        fix="the file is incomplete: download or convert it again",
+        f"{source.path} lacks weights that the model needs: {called}{more}",
+        fix="The file is incomplete: download or convert it again",
     )

@@ -69,11 +69,17 @@ def _recurrent(config: PretrainedConfig, layer: int) -> RecurrentShape:
 
 def expert_shape(config: PretrainedConfig) -> ExpertShape:
     """The routed experts of a mixture-of-experts configuration. ``ModelError`` for an unsupported activation."""
-    activation = _ACTIVATIONS.get(config.hidden_act)
-    if activation is None:
-        known = " and ".join(_ACTIVATIONS)
-        raise ModelError(f"Experts with the activation {config.hidden_act!r} are not supported", why=f"{known} are")
+    activation = expert_activation(config)
     if config.num_experts_per_tok > config.num_experts:
         raise ModelError(f"A token cannot use {config.num_experts_per_tok} of {config.num_experts} experts")
     width = config.moe_intermediate_size
     return ExpertShape(config.num_experts, config.num_experts_per_tok, config.hidden_size, width, activation)
+
+
+def expert_activation(config: PretrainedConfig) -> str:
+    """The expert room's name for the activation of ``config``'s gated FFNs. ``ModelError`` for one it lacks."""
+    wanted = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+    if wanted not in _ACTIVATIONS:
+        known = " and ".join(_ACTIVATIONS)
+        raise ModelError(f"Experts with the activation {wanted!r} are not supported", why=f"{known} are")
+    return _ACTIVATIONS[wanted]

@@ -101,7 +101,7 @@ def _require_finite(name: str, buffer: torch.Tensor) -> None:
     if not bool(buffer.isfinite().all()):
         raise ModelError(
             f"transformers {installed_transformers()} left the buffer {name} without a value",
-            fix="use another release within the supported range and report this",
+            fix="Use another release within the supported range and report this",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import PackageNotFoundError, version
 
 from turbomoe.errors import TurbomoeError
@@ -16,18 +17,18 @@ def installed_transformers() -> str:
     try:
         return version("transformers")
     except PackageNotFoundError as error:
-        fix = f"pip install '{RANGE}'"
-        raise TurbomoeError("transformers is not installed", why="models are built from it", fix=fix) from error
+        fix = f"Run pip install '{RANGE}'"
+        raise TurbomoeError("transformers is not installed", why="Models are built from it", fix=fix) from error
 
 
 def check_transformers(found: str | None = None) -> None:
     """Raise ``TurbomoeError`` unless ``found`` (default: what is installed) lies in ``RANGE``."""
     found = found or installed_transformers()
-    numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
-    if len(numbers) == 2 and OLDEST <= numbers < FIRST_UNSUPPORTED:
+    numbers = re.match(r"(\d+)\.(\d+)", found)
+    if numbers and OLDEST <= (int(numbers[1]), int(numbers[2])) < FIRST_UNSUPPORTED:
         return
     raise TurbomoeError(
         f"transformers {found} is outside the supported range {RANGE}",
-        why="turbomoe relies on parts of it that move between releases",
-        fix=f"pip install '{RANGE}'",
+        why="It relies on parts of it that move between releases",
+        fix=f"Run pip install '{RANGE}'",
     )

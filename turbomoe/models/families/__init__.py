@@ -31,4 +31,4 @@ def find_family(source: ModelSource) -> Family:
     if found:
         return found[0]
     what = f"has the architecture {str(wanted)[:60]!r}" if wanted else "does not say its architecture"
-    raise ModelError(f"{source.path} {what} ({field})", why=f"turbomoe runs {', '.join(known)}")
+    raise ModelError(f"{source.path} {what} ({field})", why=f"Supported are {', '.join(known)}")
