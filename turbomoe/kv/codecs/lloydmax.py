@@ -87,7 +87,7 @@ class LloydMaxCodec(Codec):
 def nearest_level(size: torch.Tensor, bits: int) -> torch.Tensor:
     """Which positive level is nearest to each magnitude: uint8, 0 for the smallest, the larger one on a tie, 0 for NaN.
 
-    One comparison a border: several times faster than a binary search on a CPU, and the same bits on any device.
+    One comparison a border: several times faster than a binary search on a CPU.
     """
     borders = thresholds(bits)[1 << bits - 1 :]
     step = torch.zeros(size.shape, dtype=torch.uint8, device=size.device)
