@@ -115,30 +115,40 @@ def random_work(
 
 @dataclass
 class Job:
-    """A copy or fence under way. ``state`` is running, done or failed."""
+    """A copy, a fence or a read under way. ``state`` is running, done or failed."""
 
     dst: torch.Tensor | None = None
     src: torch.Tensor | None = None
     state: str = "running"
+    covers: list[Job] = field(default_factory=list)  # a fence: the reads that must end before it
+    slots: set[int] = field(default_factory=set)  # a read: addresses
 
 
 @dataclass
 class DeferredCopies:
-    """Copies and fences that end when the test says so. A copy under way leaves junk in its slot."""
+    """Copies, reads and fences that end when the test says so. A copy under way leaves junk in its slot."""
 
     jobs: list[Job] = field(default_factory=list)
+    reads: list[Job] = field(default_factory=list)
     refuse: int = 0  # how many of the next starts raise
+    overrun: list[int] = field(default_factory=list)  # addresses that were overwritten under a reader
 
     def start(self, dst: torch.Tensor, src: torch.Tensor) -> Job:
         if self.refuse:
             self.refuse -= 1
             raise RuntimeError("no copy engine")
+        if any(read.state == "running" and dst.data_ptr() in read.slots for read in self.reads):
+            self.overrun.append(dst.data_ptr())
         dst.fill_(0xA5)
         self.jobs.append(Job(dst, src))
         return self.jobs[-1]
 
+    def read(self, slots: set[int]) -> None:
+        """A kernel starts to read the slots at these addresses; it ends with the first fence behind it."""
+        self.reads.append(Job(slots=slots))
+
     def fence(self) -> Job:
-        self.jobs.append(Job())
+        self.jobs.append(Job(covers=[read for read in self.reads if read.state == "running"]))
         return self.jobs[-1]
 
     def done(self, token: object) -> bool:
@@ -160,7 +170,8 @@ class DeferredCopies:
         """End a copy or fence well."""
         if job.dst is not None and job.src is not None:
             job.dst.copy_(job.src)
-        job.state = "done"
+        for ended in (job, *job.covers):
+            ended.state = "done"
 
     def finish_all(self) -> None:
         for job in self.jobs:

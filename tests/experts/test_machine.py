@@ -48,8 +48,8 @@ ALL_RESIDENT = all_resident()
 class CacheMachine(RuleBasedStateMachine):
     """The cache, its executor, copies under way, and what must not be forgotten."""
 
-    @initialize(swaps=st.integers(1, 3), sightings=st.integers(1, 2), hysteresis=st.sampled_from([1.0, 1.3]))
-    def build(self, swaps: int, sightings: int, hysteresis: float) -> None:
+    @initialize(swaps=st.integers(1, 3), sightings=st.integers(1, 2), hysteresis=st.sampled_from([1.0, 1.3]), warm=pick)
+    def build(self, swaps: int, sightings: int, hysteresis: float, warm: int) -> None:
         wanted = ExpertSettings(
             cache=0, half_life=4, min_sightings=sightings, hysteresis=hysteresis,
             swaps_per_layer_step=swaps, bytes_per_step=BUDGET,
@@ -64,6 +64,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.routed: set[tuple[int, int]] = set()  # in the step that runs or has just ended
         self.open: ExpertWork | None = None
         self.pins: list[tuple[int, list[int], list[int]]] = []  # position, experts, those resident when pinned
+        if warm:  # most runs start from a full cache: what is interesting are swaps
+            self.promoter.apply(self.cache.policy.fill(self.cache.residents()))
+            self.promoter.drain()
         self.seen_map = self.slots.map.clone()
 
     # -- steps ---------------------------------------------------------------------------------------------
@@ -84,6 +87,8 @@ class CacheMachine(RuleBasedStateMachine):
         out = torch.full_like(hidden, float("nan"))
         self.open = ExpertWork(STORE.layers[at], Phase.DECODE, hidden, ids, weights, out)
         self.executor.submit(self.open)
+        found = self.slots.map[at, ids.reshape(-1)].tolist()
+        self.engine.read({self.slots.blob(STORE.layers[at], slot).data_ptr() for slot in found if slot >= 0})
         self.cache.record(STORE.layers[at], ids)
         self.ran.add(at)
         self.routed |= {(at, e) for e in ids.reshape(-1).tolist()}
@@ -117,6 +122,20 @@ class CacheMachine(RuleBasedStateMachine):
     def end_prompt(self) -> None:
         self.cache.end_prompt()
 
+    @precondition(lambda self: not self.in_step and self.open is None)
+    @rule(seeds=st.lists(st.integers(0, 7), min_size=1, max_size=4), rows=st.integers(1, 2), lands=st.booleans())
+    def decode(self, seeds: list[int], rows: int, lands: bool) -> None:
+        """Whole decode steps, with copies and readers ending between them or not."""
+        for seed in seeds:
+            self.begin(Phase.DECODE)
+            for _ in POSITIONS:
+                self.route(0, rows, seed)
+                self.wait()
+            self.end()
+            if lands:
+                self.engine.finish_all()
+            self.check_all()
+
     # -- what others do ------------------------------------------------------------------------------------
 
     @rule(at=position, experts=st.lists(expert, min_size=1, max_size=3, unique=True))
@@ -144,7 +163,7 @@ class CacheMachine(RuleBasedStateMachine):
         victims = [e for e in np.flatnonzero(state.resident[at] & ~state.pinned[at]) if (at, e) not in self.routed]
         if len(outside) == 0 or not (state.vacant[at] or victims):
             return
-        victim = -1 if state.vacant[at] else int(victims[over % len(victims)])
+        victim = int(victims[over % len(victims)]) if victims and (over % 2 or not state.vacant[at]) else -1
         self.promoter.apply([Move(at, int(outside[which % len(outside)]), victim)])
 
     @precondition(lambda self: not self.in_step)
@@ -181,15 +200,24 @@ class CacheMachine(RuleBasedStateMachine):
         running = self.engine.running(copies=True)
         running[which % len(running)].state = "failed"
 
+    @precondition(lambda self: self.engine.running(copies=False))
     @rule()
     def refuse(self) -> None:
         self.engine.refuse = 1
 
     # -- what always holds ---------------------------------------------------------------------------------
 
+    def check_all(self) -> None:
+        self.sound()
+        self.map_changes_between_steps_only()
+        self.published_slots_are_distinct_and_hold_their_expert()
+        self.a_slot_keeps_its_bytes_until_its_last_reader_has_left()
+        self.nobody_writes_where_another_reads_or_writes()
+        self.pinned_residents_stay()
+
     @invariant()
     def sound(self) -> None:
-        self.cache.check_integrity(compare_bytes=True)
+        self.cache.check_integrity()  # bytes are compared below
         assert self.slots.nbytes == self.nbytes
 
     @invariant()
@@ -215,7 +243,8 @@ class CacheMachine(RuleBasedStateMachine):
                     assert torch.equal(pool.arena[slot], STORE.blob(STORE.layers[at], e))
 
     @invariant()
-    def no_two_copies_write_to_one_slot(self) -> None:
+    def nobody_writes_where_another_reads_or_writes(self) -> None:
+        assert not self.engine.overrun
         written = [job.dst.data_ptr() for job in self.engine.running(copies=True) if job.dst is not None]
         assert len(set(written)) == len(written)
 

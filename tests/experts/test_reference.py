@@ -167,6 +167,7 @@ def test_it_runs_inside_and_outside_inference_mode() -> None:
     assert torch.equal(compute(executor, 1, work[0].requires_grad_(), *work[1:]), inside)
 
 
+INTEGERS = [torch.int64, torch.int64, torch.int32, torch.int16, torch.uint8]
 X, IDS, W = torch.zeros(3, 32), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)
 
 
@@ -177,6 +178,8 @@ X, IDS, W = torch.zeros(3, 32), torch.zeros(3, 2, dtype=torch.int64), torch.ones
         (X, IDS[:2], W[:2], "shapes"),
         (X, IDS, W[:, :1], "shapes"),
         (X, IDS[:, 0], W[:, 0], "shapes"),
+        (X, IDS.float(), W, "float32"),
+        (X[0], IDS[0], W[0], "shapes"),
         (X, IDS - 1, W, "outside 0..7"),
         (X, IDS + 8, W, "outside 0..7"),
     ],
@@ -186,6 +189,30 @@ def test_misshapen_work_is_refused_and_the_executor_stays_usable(hidden, ids, we
     with pytest.raises(IntegrityError, match=said):
         compute(executor, 1, hidden, ids, weights)
     assert compute(executor, 1, X, IDS, W).shape == (3, 32)
+
+
+@given(st.data())
+@settings(max_examples=500)
+def test_random_work_is_computed_or_refused_and_never_anything_else(data: st.DataObject) -> None:
+    size = st.sampled_from([0, 1, 2, 3, 3, 3, 32])
+    shape = st.lists(size, min_size=1, max_size=3)
+
+    def tensor(usual: tuple[int, ...]) -> torch.Tensor:
+        spoiled = data.draw(st.integers(0, 7)) == 0
+        return torch.randn(data.draw(shape) if spoiled else usual)
+
+    hidden, weights = tensor((3, 32)), tensor((3, 2))
+    ids = (tensor((3, 2)) * data.draw(st.sampled_from([1, 1, 10]))).abs().to(data.draw(st.sampled_from(INTEGERS)))
+    executor, out = ReferenceExecutor(MIXED.store), torch.full_like(hidden, float("nan"))
+    fits = hidden.shape == (3, 32) and ids.shape == weights.shape and ids.dim() == 2 and len(ids) == 3
+    fits = fits and (ids.numel() == 0 or int(ids.max()) < 8)
+    try:
+        executor.submit(ExpertWork(1, Phase.DECODE, hidden, ids, weights, out))
+    except IntegrityError:
+        assert hidden.shape != (3, 32) or not fits
+        return
+    executor.wait()
+    assert not out.isnan().any()
 
 
 def test_one_submission_at_a_time() -> None:

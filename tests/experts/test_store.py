@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.experts.helpers import make_experts, random_raw
@@ -56,6 +56,27 @@ def test_a_layout_that_is_no_expert_is_refused_by_name(parts: list, said: str) -
 def test_an_unknown_activation_is_refused() -> None:
     with pytest.raises(ModelError, match="'relu'"):
         layout(activation="relu")
+
+
+@pytest.mark.parametrize(("experts", "hidden", "width"), [(0, 32, 64), (2, 0, 64), (2, 32, -1)])
+def test_a_layout_without_experts_or_sizes_is_refused(experts: int, hidden: int, width: int) -> None:
+    with pytest.raises(ModelError, match="cannot have"):
+        make_layout(1, experts, hidden, width, "silu", PARTS)
+
+
+NAMES = st.sampled_from(["gate", "up", "down", "gate_bias", "up_bias", "down_bias", "x", ""])
+SHAPES = st.lists(st.sampled_from([-1, 0, 32, 64]), max_size=3).map(tuple)
+
+
+@given(st.lists(st.tuples(NAMES, SHAPES, st.sampled_from([*FORMATS, "", "f32"])), max_size=6), st.booleans())
+@settings(max_examples=500)
+def test_random_parts_are_laid_out_or_refused(parts: list, complete: bool) -> None:
+    try:
+        made = layout(parts=[*PARTS, *parts] if complete else parts)
+    except ModelError:
+        return
+    assert {"gate", "up", "down"} <= {part.name for part in made.parts}
+    assert len(made.parts) == len(parts) + 3 * complete
 
 
 def test_layers_of_equal_blobs_share_an_arena_and_keep_their_bytes_apart() -> None:

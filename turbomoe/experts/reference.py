@@ -126,9 +126,10 @@ def _check(work: ExpertWork, layout: ExpertLayout) -> None:
         and work.ids.shape == work.weights.shape
         and work.ids.shape[:1] == (rows,)
         and work.ids.dim() == 2
+        and not work.ids.is_floating_point()
     )
     if not sound:
-        shapes = [tuple(t.shape) for t in (work.hidden, work.ids, work.weights, work.out)]
-        raise IntegrityError(f"Layer {work.layer} got expert work of shapes {shapes}")
+        given = [f"{t.dtype} {tuple(t.shape)}" for t in (work.hidden, work.ids, work.weights, work.out)]
+        raise IntegrityError(f"Layer {work.layer} got expert work of shapes {', '.join(given)}")
     if work.ids.numel() and not 0 <= int(work.ids.min()) <= int(work.ids.max()) < layout.num_experts:
         raise IntegrityError(f"Layer {work.layer} was routed to an expert outside 0..{layout.num_experts - 1}")

@@ -20,7 +20,6 @@ class RoutingLog:
         """Forget the last step."""
         self._rows[:] = 0
 
-    @torch.inference_mode()
     def record(self, position: int, ids: torch.Tensor) -> None:
         """Keep ``ids`` [rows, k] of the layer at ``position``, which runs at most once a step. Does not wait."""
         rows, k = ids.shape
@@ -50,6 +49,7 @@ class RoutingLog:
         layers, capacity, k = self._ids.shape
         if rows <= capacity:
             return
-        grown = self._ids.new_empty((layers, rows, k))
+        with torch.inference_mode(False):  # or it could not be written to by a pass outside inference mode
+            grown = self._ids.new_empty((layers, rows, k))
         grown[:, :capacity] = self._ids
         self._ids = grown

@@ -35,6 +35,8 @@ def make_layout(
     if activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise ModelError(f"Layer {layer} has experts with activation {activation!r}", why=f"Known are {known}")
+    if min(num_experts, hidden, width) < 1:
+        raise ModelError(f"Layer {layer} cannot have {num_experts} experts of hidden size {hidden} and width {width}")
     _check_parts(layer, hidden, width, parts)
     placed, offset = [], 0
     for name, shape, fmt in parts:
