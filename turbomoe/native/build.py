@@ -7,6 +7,7 @@ architecture. The flags here and in ``CMakeLists.txt`` (for wheels) are the same
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import os
 import platform
@@ -22,10 +23,20 @@ from turbomoe.errors import TurbomoeError
 
 SOURCE_DIR = Path(__file__).parent / "src"
 LIBRARY_NAME = "libturbomoe_core.so"
-FLAGS = ["-std=gnu11", "-O3", "-fPIC", "-pthread", "-fvisibility=default", "-Wall", "-Wextra", "-Wshadow", "-Werror"]
+# No contraction: a product that is rounded before it is added must round the same way at every level.
+FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wshadow", "-Werror"]
 LEVEL_FLAGS = {
     "level_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "level_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma", "-mf16c"],
+    "level_avx512": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx512vnni",
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+    ],
 }
 SANITIZERS = ("address", "undefined", "thread")
 
@@ -92,6 +103,23 @@ def default_target() -> Path:
     """Beside the package where that can be written, else in the state folder, under the hash of the sources."""
     here = Path(__file__).parent
     return (here if os.access(here, os.W_OK) else state_dir() / "native" / build_id()) / LIBRARY_NAME
+
+
+def is_current(library: Path) -> bool:
+    """Was this file built from the sources as they are? True where no sources are installed."""
+    return library.exists() and (not SOURCE_DIR.exists() or build_id().encode() in library.read_bytes())
+
+
+def ensure_built(target: Path | None = None) -> Path:
+    """The library at ``target``, built unless it is current. One process builds, others wait for it."""
+    target = target or default_target()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        return target if is_current(target) else build(target)
+    finally:
+        os.close(folder)
 
 
 def main() -> int:

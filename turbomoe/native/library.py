@@ -11,7 +11,7 @@ from pathlib import Path
 
 from turbomoe.config import state_dir
 from turbomoe.errors import TurbomoeError
-from turbomoe.native.build import LIBRARY_NAME, SOURCE_DIR, build_id
+from turbomoe.native.build import LIBRARY_NAME, SOURCE_DIR, build_id, is_current
 from turbomoe.notices import Notice, board
 
 ABI_VERSION = 1
@@ -188,20 +188,31 @@ def check_status(status: int) -> None:
         raise NativeError("The C core refused a call", why=_ERRORS.get(status, f"status {status}"))
 
 
+def _places() -> list[Path]:
+    """Where a library may lie: beside the package (wheels, editable installs), or in the state folder."""
+    kept = [state_dir() / "native" / build_id() / LIBRARY_NAME] if SOURCE_DIR.exists() else []
+    return [Path(__file__).parent / LIBRARY_NAME, *kept]
+
+
 def find_library() -> Path | None:
-    """The library of this package's sources: beside the package, else in the state folder. Stale ones are passed by."""
-    beside = Path(__file__).parent / LIBRARY_NAME
-    if beside.exists():
-        return beside
-    if not SOURCE_DIR.exists():
-        return None
-    kept = state_dir() / "native" / build_id() / LIBRARY_NAME
-    return kept if kept.exists() else None
+    """The library built from the sources as they are, or None."""
+    return next((path for path in _places() if is_current(path)), None)
 
 
 def absence() -> str:
-    """Why there is no core, in one line for people (``doctor`` prints it)."""
-    return "the compiled core is not there" if find_library() is None else ""
+    """Why there is no core, in one line for people."""
+    if any(path.exists() for path in _places()):
+        return "the compiled core is older than its sources"
+    return "the compiled core is not there"
+
+
+def describe_core() -> str:
+    """Which path runs and why, in one line for ``doctor``."""
+    path = find_library()
+    if path is None:
+        return f"plain PyTorch, because {absence()}; to build it: python -m turbomoe.native.build"
+    core = Core(path)
+    return f"compiled core, {core.level} kernels (this processor runs {', '.join(core.levels())})"
 
 
 @cache

@@ -45,7 +45,9 @@ class WorkerPool:
         self.core, self.threads = core, threads or default_threads()
         handle = core.pool_new(self.threads, hot_us)
         if not handle:
-            raise NativeError(f"A pool of {self.threads} threads could not be made", why="out of memory or out of range")
+            raise NativeError(
+                f"A pool of {self.threads} threads could not be made", why="out of memory or out of range"
+            )
         self.handle: int = handle
         self.close = weakref.finalize(self, core.pool_free, handle)
         self._report_missing(core.pool_helpers(handle) + 1)

@@ -159,9 +159,8 @@ def pack(raw: torch.Tensor, format: str, rows: int, cols: int, out: torch.Tensor
 def check_bytes(layout: PackedLayout, raw: torch.Tensor) -> None:
     """``ModelError`` unless ``raw`` holds exactly the GGUF blocks of this matrix."""
     if raw.numel() != layout.raw_bytes:
-        raise ModelError(
-            f"A {layout.format.name} matrix of {layout.rows} x {layout.cols} is {layout.raw_bytes} bytes, not {raw.numel()}"
-        )
+        shape = f"{layout.rows} x {layout.cols}"
+        raise ModelError(f"A {layout.format.name} matrix of {shape} is {layout.raw_bytes} bytes, not {raw.numel()}")
 
 
 def plane_bytes(blob: torch.Tensor, layout: PackedLayout, name: str) -> torch.Tensor:

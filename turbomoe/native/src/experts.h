@@ -27,6 +27,7 @@ typedef struct {
 
 /* NULL if the memory cannot be had, or a number is out of range. */
 tm_experts_work *tm_experts_work_new(tm_pool *pool, const tm_experts_room *room);
+/* Waits for a call in flight. */
 void tm_experts_work_free(tm_experts_work *work);
 
 typedef struct {

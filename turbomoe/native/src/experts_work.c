@@ -47,6 +47,7 @@ tm_experts_work *tm_experts_work_new(tm_pool *pool, const tm_experts_room *room)
         return NULL;
     w->task.run = tm_experts_work_units, w->task.phases = 3;
     w->pool = pool, w->room = *room;
+    atomic_init(&w->task.done, 1);
     arena a = {NULL, 0};
     place(w, &a);
     a = (arena){aligned_alloc(TM_ALIGN, (size_t)a.used), 0};
@@ -63,6 +64,7 @@ void tm_experts_work_free(tm_experts_work *w)
 {
     if (!w)
         return;
+    tm_pool_wait(w->pool, &w->task);
     free(w->memory);
     free(w);
 }

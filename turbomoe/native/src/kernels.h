@@ -1,6 +1,6 @@
 /* The row kernels, written once and compiled for every dispatch level.
  *
- * A level_*.c file includes one simd_*.h, which defines LANES (4, 8 or 16), the types vf (LANES floats), vi (LANES
+ * A level_*.c file includes one simd_*.h, which defines LANES (4, 8 or 16), TILE, the types vf (LANES floats), vi (LANES
  * int32) and vb (4 * LANES bytes), and primitives on them, and then this file.
  *
  * A step is LANES groups of 32 values. It has 4 blocks; a block is one vb of first halves (value 0..15 of each of
@@ -185,22 +185,24 @@ INLINE void rows_dot(const int F, const tm_matrix *m, long first, long n, const 
         row_dot(F, m, first + i, T, x, out + i, stride);
 }
 
-/* Tokens in tiles of 4, 3, 2 or 1: as many as keep their accumulators in registers. */
+/* Tokens in tiles of at most TILE (simd_*.h): as many as keep their accumulators in registers. */
 INLINE void dot(const int F, const tm_matrix *m, long first, long n, const void *const *x, int tokens, float *out,
                 long stride)
 {
     for (int t = 0, tile; t < tokens; t += tile) {
         tm_act act[4];
-        tile = tokens - t < 4 ? tokens - t : 4;
+        tile = tokens - t < TILE ? tokens - t : TILE;
         for (int i = 0; i < tile; i++)
             act[i] = tm_act_at((void *)(uintptr_t)x[t + i], m->cols);
         float *to = out + t * stride;
-        switch (tile) {
-        case 1: rows_dot(F, m, first, n, 1, act, to, stride); break;
-        case 2: rows_dot(F, m, first, n, 2, act, to, stride); break;
-        case 3: rows_dot(F, m, first, n, 3, act, to, stride); break;
-        default: rows_dot(F, m, first, n, 4, act, to, stride);
-        }
+        if (TILE >= 4 && tile == 4)
+            rows_dot(F, m, first, n, 4, act, to, stride);
+        else if (TILE >= 3 && tile == 3)
+            rows_dot(F, m, first, n, 3, act, to, stride);
+        else if (tile == 2)
+            rows_dot(F, m, first, n, 2, act, to, stride);
+        else
+            rows_dot(F, m, first, n, 1, act, to, stride);
     }
 }
 

@@ -41,6 +41,7 @@ tm_linear_work *tm_linear_work_new(tm_pool *pool, int cols, int tokens)
     }
     work->task.run = work_units, work->task.phases = 2;
     work->pool = pool, work->memory = memory;
+    atomic_init(&work->task.done, 1);
     work->cols = cols, work->tokens = tokens;
     work->scratch = (float *)(void *)(memory + inputs);
     work->rows = (const void **)(void *)(memory + inputs + scratch);
@@ -52,6 +53,7 @@ void tm_linear_work_free(tm_linear_work *work)
 {
     if (!work)
         return;
+    tm_pool_wait(work->pool, &work->task);
     free(work->memory);
     free(work);
 }

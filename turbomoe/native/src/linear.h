@@ -19,6 +19,7 @@ typedef struct tm_linear_work tm_linear_work;
 
 /* Memory for up to `tokens` rows of up to `cols` values. NULL if it cannot be had. */
 tm_linear_work *tm_linear_work_new(tm_pool *pool, int cols, int tokens);
+/* Waits for a call in flight. */
 void tm_linear_work_free(tm_linear_work *work);
 
 typedef struct {

@@ -95,6 +95,7 @@ static tm_task *finish(tm_pool *pool, tm_task *task)
 {
     pthread_mutex_lock(&pool->lock);
     tm_task *next = pool->first;
+    pool->task = NULL;
     if (next)
         pool->first = next->next;
     else
@@ -203,10 +204,15 @@ static void start_helpers(tm_pool *pool)
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
-/* After fork the child has no helpers and perhaps a lock that nobody will open: start over, empty. */
+/* After fork the child has no helpers and perhaps a lock that nobody will open: start over, empty. What was in
+ * flight is the parent's to finish; here it counts as done, so that nobody waits for it. */
 static void reset_after_fork(tm_pool *pool)
 {
     pthread_mutex_init(&pool->lock, NULL);
+    if (pool->task)
+        atomic_store(&pool->task->done, 1);
+    for (tm_task *task = pool->first; task; task = task->next)
+        atomic_store(&task->done, 1);
     pool->first = pool->last = pool->task = NULL;
     pool->busy = 0;
     for (int i = 0; i < pool->threads; i++)

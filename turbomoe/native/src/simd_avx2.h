@@ -3,6 +3,7 @@
 #include <string.h>
 
 #define LANES 8
+#define TILE 4
 typedef __m256 vf;
 typedef __m256i vi, vb;
 

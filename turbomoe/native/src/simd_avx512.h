@@ -3,6 +3,7 @@
 #include <string.h>
 
 #define LANES 16
+#define TILE 4
 typedef __m512 vf;
 typedef __m512i vi, vb;
 

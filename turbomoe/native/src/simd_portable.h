@@ -2,6 +2,7 @@
 #include <string.h>
 
 #define LANES 4
+#define TILE 2
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
 typedef uint32_t vu __attribute__((vector_size(16)));
@@ -17,8 +18,14 @@ INLINE vf vf_load(const float *p)
 }
 INLINE vf vf_mul(vf a, vf b) { return a * b; }
 INLINE vf vf_add(vf a, vf b) { return a + b; }
+#ifdef __aarch64__ /* the build forbids the compiler to fuse by itself */
+#include <arm_neon.h>
+INLINE vf vf_fma(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+INLINE vf vf_fnma(vf a, vf b, vf c) { return (vf)vfmsq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+#else
 INLINE vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
 INLINE vf vf_fnma(vf a, vf b, vf c) { return c - a * b; }
+#endif
 INLINE vf vf_set(float x) { return (vf){x, x, x, x}; }
 INLINE vf vf_int(vi a) { return __builtin_convertvector(a, vf); }
 INLINE float vf_sum(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
