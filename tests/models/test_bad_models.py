@@ -52,7 +52,9 @@ def names(family: str, kind: str) -> list[str]:
     return wanted + [name for name in known if name.startswith(("blk.1.", "model.layers.1."))]
 
 
-CASES = [(family, kind, name) for family in tiny.FAMILIES for kind in ("gguf", "hub") for name in names(family, kind)]
+# The hub's names need no family's table, so two families stand for all.
+CASES = [(family, "gguf", name) for family in tiny.FAMILIES for name in names(family, "gguf")]
+CASES += [(family, "hub", name) for family in ("llama", "qwen35moe") for name in names(family, "hub")]
 
 
 @functools.cache
@@ -282,7 +284,7 @@ WEIRD = st.one_of(
 )
 
 
-@settings(max_examples=400)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_wrong_metadata_never_ends_in_another_error(data: st.DataObject) -> None:
     family = data.draw(st.sampled_from(tiny.FAMILIES))
@@ -293,7 +295,7 @@ def test_wrong_metadata_never_ends_in_another_error(data: st.DataObject) -> None
     survives(Altered("gguf", metadata, whole.tensors))
 
 
-@settings(max_examples=200)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_wrong_config_json_never_ends_in_another_error(data: st.DataObject) -> None:
     family = data.draw(st.sampled_from(tiny.FAMILIES))

@@ -86,6 +86,18 @@ def test_rotary_variants_that_we_would_compute_wrongly_are_refused(key: str, val
         config_of(tiny.write_gguf(tiny.tiny_model("qwen3"), tmp_path / "model.gguf", keys=add))
 
 
+def test_yarn_betas(tmp_path: Path) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 5_000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+
+    def add(writer: tiny.GGUFWriter) -> None:
+        writer.add_float32("qwen3.rope.scaling.yarn_beta_fast", 16.0)
+        writer.add_float32("qwen3.rope.scaling.yarn_beta_slow", 2.0)
+
+    model = tiny.tiny_model("qwen3", rope_parameters=rope)
+    config = config_of(tiny.write_gguf(model, tmp_path / "model.gguf", keys=add))
+    assert config.rope_parameters == rope | {"beta_fast": 16.0, "beta_slow": 2.0}
+
+
 @pytest.mark.parametrize("normed", [False, True])
 def test_router_normalisation_can_be_switched_off_by_the_file(normed: bool, tmp_path: Path) -> None:
     def add(writer: tiny.GGUFWriter) -> None:

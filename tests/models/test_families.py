@@ -227,19 +227,19 @@ def test_facts_beside_the_weights(tmp_path: Path) -> None:
     model = tiny.tiny_model("gemma3")
 
     def sampling(writer: tiny.GGUFWriter) -> None:
-        writer.add_sampling_temp(0.5)
+        writer.add_sampling_temp(0.6)
         writer.add_sampling_top_k(20)
         writer.add_sampling_min_p(0.25)
 
     loaded = load(tiny.write_gguf(model, tmp_path / "model.gguf", keys=sampling))
-    assert loaded.sampling == {"temperature": 0.5, "top_k": 20, "min_p": 0.25}
+    assert loaded.sampling == {"temperature": 0.6, "top_k": 20, "min_p": 0.25}
     assert (loaded.name, loaded.context_length, loaded.tokenizer) == ("tiny gemma3_text", tiny.CONTEXT, None)
     assert [layer.window for layer in loaded.layers] == [8, 8, 8, 8, 8, 0, 8]
-    hub = tiny.write_hub(model, tmp_path / "hub")
+    hub = tiny.write_hub(model, tmp_path / "tiny-1.7B")
     (hub / "generation_config.json").write_text(json.dumps({"temperature": 1.0, "top_p": 0.95, "top_k": None}))
     loaded = load(hub)
     assert loaded.sampling == {"temperature": 1.0, "top_p": 0.95}
-    assert loaded.name == "hub"
+    assert loaded.name == "tiny-1.7B"
 
 
 def test_the_same_file_has_the_same_identity(tmp_path: Path) -> None:

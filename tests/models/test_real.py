@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -76,18 +75,12 @@ def test_smollm2_equals_transformers(smollm2: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_smollm2_opens_within_three_seconds(smollm2: Path) -> None:
-    """After imports and with a warm file; the best of up to four, because other tests share the machine."""
+    """After imports and with a warm file, on one thread. Processor time: on a quiet machine that is the time a
+    person waits, and on a busy one it does not measure the neighbours."""
     load(smollm2)
-    seconds = [_timed(lambda: load(smollm2))]
-    while seconds[-1] > 3.0 and len(seconds) < 4:
-        seconds.append(_timed(lambda: load(smollm2)))
-    assert min(seconds) <= 3.0, seconds
-
-
-def _timed(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
+    start = time.process_time()
+    load(smollm2)
+    assert time.process_time() - start <= 3.0
 
 
 def test_smollm2_split_into_experts_equals_itself(smollm2: Path) -> None:

@@ -184,5 +184,7 @@ def _stop_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase | None) ->
 
 
 def _name(source: ModelSource) -> str:
-    stated = source.metadata.get("general.name") if source.kind == "gguf" else None
-    return str(stated) if stated else source.path.stem
+    """The name a GGUF states, else its file's; a folder's name whole, as versions have dots in them."""
+    if source.kind != "gguf":
+        return source.path.name
+    return str(source.metadata.get("general.name") or source.path.stem)

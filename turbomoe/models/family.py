@@ -140,19 +140,28 @@ def rope_parameters(header: GgufHeader, *, default_base: float = 10_000.0) -> di
     return base | _rope_scaling(header)
 
 
+_NEUTRAL_SCALING = ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_ext_factor")
+
+
 def _rope_scaling(header: GgufHeader) -> dict[str, Any]:
     kind = header.text("rope.scaling.type", "none")
     if kind == "none":
         return {"rope_type": "default"}
     if kind not in ("linear", "yarn"):
         raise header.wrong("rope.scaling.type", f"the scaling {kind!r} is not supported; none, linear and yarn are")
-    if header.number("rope.scaling.attn_factor", default=1.0) != 1.0:
-        raise header.wrong("rope.scaling.attn_factor", "a separate attention factor is not supported")
+    for key in _NEUTRAL_SCALING:
+        if header.number(key, default=1.0) != 1.0:
+            raise header.wrong(key, "values other than 1 are not supported")
+    refuse(header, "rope.scaling.yarn_log_multiplier", "A YaRN log multiplier")
     scaling: dict[str, Any] = {"rope_type": kind, "factor": header.number("rope.scaling.factor")}
-    if kind == "yarn":
-        key = "rope.scaling.original_context_length"
-        scaling["original_max_position_embeddings"] = header.integer(key, high=1 << 30)
-    return scaling
+    return scaling | _yarn(header) if kind == "yarn" else scaling
+
+
+def _yarn(header: GgufHeader) -> dict[str, Any]:
+    original = header.integer("rope.scaling.original_context_length", high=1 << 30)
+    betas = {name: f"rope.scaling.yarn_{name}" for name in ("beta_fast", "beta_slow")}
+    given = {name: header.number(key) for name, key in betas.items() if header.has(key)}
+    return {"original_max_position_embeddings": original} | given
 
 
 def routed_config(header: GgufHeader) -> dict[str, Any]:

@@ -29,8 +29,11 @@ def sampling_defaults(source: ModelSource) -> dict[str, Any]:
         found = {ours: generation.get(ours) for ours in _GGUF_NAMES}
         if generation.get("do_sample") is False:
             found["temperature"] = 0.0
-    return {key: value for key, value in found.items() if _is_number(value)}
+    return {key: number for key, value in found.items() if (number := _number(value)) is not None}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: Any) -> int | float | None:
+    """A finite number or None. GGUF keeps float32: what was written as 0.6 must not be shown as 0.6000000238."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(f"{value:.6g}") if isinstance(value, float) else value
