@@ -155,18 +155,14 @@ def test_the_vocabulary_of_smollm2_builds_fast_enough_to_open_it_in_three_second
 
 
 def naive_sentencepiece(text: str, ids: dict[str, int], scores: dict[str, float]) -> list[int]:
-    """Join the neighbours with the best union until none is a token; spell what is left in bytes.
-
-    Two ways to make one union have equal scores: there the longer left part goes first, as in all merge lists derived
-    from SentencePiece models (SentencePiece itself takes the leftmost).
-    """
+    """Join the neighbours with the best union, the leftmost of equals, until none is a token; bytes for what is left."""
     symbols = list(text)
     while True:
-        unions = [(scores[a + b], len(a), -at) for at, (a, b) in enumerate(pairwise(symbols))
+        unions = [(scores[a + b], -at) for at, (a, b) in enumerate(pairwise(symbols))
                   if a in ids and b in ids and a + b in scores]  # fmt: skip
         if not unions:
             break
-        at = -max(unions)[2]
+        at = -max(unions)[1]
         symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
     spelled = ([s] if s in ids else [f"<0x{byte:02X}>" for byte in s.encode()] for s in symbols)
     return [ids[token] for tokens in spelled for token in tokens]
@@ -227,6 +223,12 @@ def test_control_tokens_are_matched_whole_and_skipped_in_decoding() -> None:
     assert tokenizer.decode(encoded, skip_special_tokens=True) == "a<think>b"
     assert tokenizer.decode(encoded, skip_special_tokens=False) == "<|im_start|>a<think>b<|im_end|>"
     assert tokenizer.get_vocab_size() == len(ids) + 1 + pair("qwen2")[0].get_vocab_size()
+
+
+def test_a_text_listed_twice_is_noticed(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = backend_of(sentencepiece(["▁", "a", "a"], add_space_prefix=False))
+    assert ids_of(tokenizer, "a") == [261]
+    assert "model.gguf lists 1 token texts more than once" in capsys.readouterr().err
 
 
 @given(st.text())

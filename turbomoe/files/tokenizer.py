@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from turbomoe.errors import ModelError, ModelFileError
 from turbomoe.files.pretokenizers import PRE_TOKENIZERS, PreScheme
 from turbomoe.files.vocabulary import TokenType, Vocabulary
+from turbomoe.notices import Notice, board
 
 SPACE = "\u2581"  # SentencePiece writes a space as this sign
 
@@ -26,9 +27,17 @@ def build_backend(vocabulary: Vocabulary) -> Tokenizer:
             f"{vocabulary.path} has a tokenizer of kind {vocabulary.model!r}, which turbomoe does not know",
             fix=f"Supported: {', '.join(builders)}",
         )
+    _note_duplicates(vocabulary)
     backend = builders[vocabulary.model](vocabulary)
     backend.add_tokens(list(_added_tokens(vocabulary)))
     return backend
+
+
+def _note_duplicates(vocabulary: Vocabulary) -> None:
+    doubled = len(vocabulary.tokens) - len(set(vocabulary.tokens))
+    if doubled:
+        why = f"{vocabulary.path} lists {doubled} token texts more than once"
+        board.post(Notice("tokens left out", why, cost="only the last token of each text is read or written"))
 
 
 def default_add_bos(vocabulary: Vocabulary) -> bool:
@@ -114,6 +123,6 @@ def _derived_merges(vocabulary: Vocabulary, ids: dict[str, int]) -> list[tuple[s
     return [
         (left, right)
         for union in unions
-        for cut in range(len(union) - 1, 0, -1)
+        for cut in range(1, len(union))
         if (left := union[:cut]) in ids and (right := union[cut:]) in ids
     ]
