@@ -129,7 +129,7 @@ ARRAY_CASES = [
          "metadata 'a'", "needs 12 bytes, but only 8"),
     Case("array with a string cut off", Gguf((key("a", ARRAY, build.array(STRING, ["abc", "defg"])),)).build()[:70],
          r"metadata 'a'\[1\]", "a string of 4 bytes"),
-    Case("array with a length cut off", Gguf((key("a", ARRAY, build.array(STRING, ["abc", "defg"])),)).build()[:64],
+    Case("array with a length cut off", Gguf((key("a", ARRAY, build.array(STRING, ["abcdefgh", "i"])),)).build()[:69],
          r"metadata 'a'\[1\]", "a string of 0 bytes with its length needs 8 bytes, but only 4 are left"),
     Case("array whose string is 2^63 long", with_key(key("a", ARRAY, build.array(STRING, []) [:4] + number(U64, 3)
          + build.text("ok") + build.text("x", 1 << 63))), r"metadata 'a'\[1\]", f"a string of {1 << 63} bytes"),
