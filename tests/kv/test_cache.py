@@ -165,6 +165,15 @@ def test_a_reused_slot_remembers_nothing():
     assert torch.equal(again, fresh)
 
 
+@pytest.mark.parametrize("type_name", TYPES)
+def test_numbers_gone_wrong_do_not_outlive_their_sequence(type_name):
+    cache = KVCache([shape()], KVSettings(type_name, type_name, 8, 16), slots=1, ctx_size=128)
+    q, k, v = tokens(128)
+    feed(cache, 0, q, k * float("nan"), v * float("inf"), [128])
+    cache.release(0)
+    assert feed(cache, 0, *tokens(100), [60, 40]).isfinite().all()
+
+
 def test_a_full_context_is_refused_and_changes_nothing():
     cache = KVCache([shape()], KVSettings("tq3", "tq3", 8, 16), slots=1, ctx_size=64)
     feed(cache, 0, *tokens(60), [60])

@@ -42,14 +42,11 @@ def main(args: argparse.Namespace) -> int:
     path = resolve(REFERENCE)
     with Bar("loading") as bar:
         model = load_model(path, settings, bar, before=lambda forecast: announce(forecast, settings))
-    figures = {
-        "answer": answer(model, settings, out),
-        "kv": kv_figures(model, out),
-        "experts": expert_figures(model, out),
-    }
+    figures = {"answer": answer(model, settings, out), "kv": kv_figures(model, out)}
+    experts = expert_figures(model, out)
     if args.json:
-        print(json.dumps({"model": model.name, **figures}))
-    return 0 if figures["experts"]["same_tokens"] else 1
+        print(json.dumps({"model": model.name, **figures, "experts": experts}))
+    return 0 if experts["same_tokens"] else 1
 
 
 def answer(model: LoadedModel, settings: EngineSettings, out: Any) -> dict[str, Any]:
@@ -104,7 +101,9 @@ def kv_figures(model: LoadedModel, out: Any) -> list[dict[str, Any]]:
 def expert_figures(model: LoadedModel, out: Any) -> dict[str, Any]:
     """The model split into experts: the same greedy tokens without the cache, with it, and with half the slots."""
     from turbomoe.experts.base import Phase
+    from turbomoe.experts.module import StoreExperts
     from turbomoe.experts.runtime import ExpertRuntime
+    from turbomoe.models import bind
     from turbomoe.models.split import split_dense
     from turbomoe.units import format_bytes
 
@@ -116,9 +115,7 @@ def expert_figures(model: LoadedModel, out: Any) -> dict[str, Any]:
     store = split.experts.store
     settings = ExpertSettings(cache=store.nbytes + (1 << 20))
     runtime = ExpertRuntime(store, settings, top_k=EXPERTS)
-    for module in split.shell.modules():
-        if hasattr(module, "bind"):
-            module.bind(runtime)
+    bind((m for m in split.shell.modules() if isinstance(m, StoreExperts)), runtime)
     split.experts = runtime
     runtime.resize(SLOTS)
     cached = _greedy(split)

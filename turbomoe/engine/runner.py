@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from turbomoe.config import KVSettings
+from turbomoe.errors import ModelError
 from turbomoe.experts.base import Phase
 from turbomoe.kv.cache import KVCache
 from turbomoe.kv.means import KVMeans
 from turbomoe.models.base import LoadedModel
+
+NOT_FINITE = "Check the file (a damaged download?), or use --dtype float32"
 
 
 class ModelRunner:
@@ -34,8 +37,10 @@ class ModelRunner:
         experts = self.model.experts
         if experts is not None:
             experts.begin_step(phase)
-        logits = forward(self.model.shell, ids.to(self.memory.device), self.memory, keep)
+        logits = forward(self.model.shell, ids.to(self.memory.device), self.memory, keep).float()
+        if not logits.isfinite().all():
+            raise ModelError(f"{self.model.name} computed numbers that are not finite", fix=NOT_FINITE)
         self.memory.commit()
         if experts is not None:
             experts.end_step()
-        return logits.float()
+        return logits

@@ -1,6 +1,6 @@
 """The contract of a KV codec: vectors of one head in, packed planes out, and back.
 
-A codec sees what the transform (``transform.py``) hands it: for ``rotated`` codecs a centred, randomly
+A codec sees what the layer (``layer.py``) hands it: for ``rotated`` codecs a centred, randomly
 rotated vector whose coordinates are close to Gaussian; for the others the vector itself. It never sees
 positions, heads or pages, so its result depends on the vector alone and not on how tokens were chunked.
 """

@@ -87,7 +87,9 @@ class KVCache:
         self.pages.reserve(slot, pages_for(length - self.sink - self.recent))
 
     def release(self, slot: int) -> None:
-        """Forget the sequence in ``slot``. Its ring and sinks need no clearing: masks follow the length."""
+        """Forget the sequence in ``slot`` and wipe what it stored: a weight of 0 does not silence a stale NaN."""
+        for side in (side for pair in self.attention.values() for side in pair):
+            side.clear(slot, self.pages.owned(slot))
         self.pages.release(slot)
         self.host_lengths[slot] = 0
         self.lengths[slot] = 0

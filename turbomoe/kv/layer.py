@@ -67,6 +67,13 @@ class Side:
         """Bytes allocated: sinks, ring and pages."""
         return sum(t.nbytes for t in (self.sinks, self.ring, *self.planes))
 
+    def clear(self, slot: int, pages: list[int]) -> None:
+        """Zero the windows of ``slot`` and the given pages."""
+        for stored in (self.sinks, self.ring):
+            stored[slot] = 0
+        for plane in self.planes:
+            plane[pages] = 0
+
     def past(self, step: Step) -> torch.Tensor:
         """The ring in order of position, [B, kv_heads, recent, head_dim]: positions start-recent .. start-1."""
         index = step.positions(-self.recent, self.recent).remainder(max(1, self.recent))

@@ -33,6 +33,10 @@ class PageAllocator:
     def free_pages(self) -> int:
         return len(self._free)
 
+    def owned(self, slot: int) -> list[int]:
+        """The pages of ``slot``, in order of position."""
+        return list(self._owned[slot])
+
     def reserve(self, slot: int, pages: int) -> None:
         """Grow ``slot`` to at least ``pages`` pages. Raises ``ContextFullError``; then nothing has changed."""
         owned = self._owned[slot]
