@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tests import tiny_models as tiny
 from turbomoe.config import EngineSettings
-from turbomoe.models import LoadedModel, load_model
+from turbomoe.models import Forecast, LoadedModel, load_model
 from turbomoe.notices import board
 
 SETTINGS = EngineSettings()
@@ -221,6 +222,27 @@ def test_progress_reaches_the_total_in_steps(tmp_path: Path) -> None:
     assert done == sorted(set(done)) and len(done) > 40
     assert {total for _, total in heard} == {done[-1]}
     assert done[-1] == sum(p.numel() * 4 for p in tiny.tiny_model("qwen35moe").parameters())
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_forecast_comes_before_any_reading_and_is_right(family: str, tmp_path: Path) -> None:
+    path = tiny.write_gguf(tiny.tiny_model(family), tmp_path / "model.gguf", pick=tiny.q8_0)
+    order: list[Any] = []
+    loaded = load_model(
+        path, SETTINGS, lambda done, total: order.append("read"), attention="eager", before=order.append
+    )
+    forecast = order[0]
+    assert order[1:] and set(order[1:]) == {"read"}
+    assert forecast.weight_bytes == loaded.weight_bytes
+    assert forecast.layers == loaded.layers
+    packed = 0 if loaded.experts is None else loaded.experts.store.nbytes
+    assert forecast.expert_bytes == packed  # these sizes need no padding
+    with pytest.raises(KeyboardInterrupt):
+        load_model(path, SETTINGS, lambda done, total: pytest.fail("read"), attention="eager", before=_stop)
+
+
+def _stop(forecast: Forecast) -> None:
+    raise KeyboardInterrupt
 
 
 def test_facts_beside_the_weights(tmp_path: Path) -> None:
