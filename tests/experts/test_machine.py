@@ -23,9 +23,9 @@ from turbomoe.experts.slots import SlotState
 
 E, K, H = 8, 2, 32
 LARGE, SMALL = ("F32",) * 3, ("Q8_0", "Q4_0", "F16")
-STORE = make_experts({0: LARGE, 1: SMALL, 3: LARGE, 4: SMALL}, num_experts=E, hidden=H, width=32).store
+STORE = make_experts({0: LARGE, 1: SMALL, 3: LARGE, 4: SMALL, 7: LARGE}, num_experts=E, hidden=H, width=32).store
 POSITIONS = range(len(STORE.layers))
-CAPACITY = (3, 2, 2, 4)  # quotas at the start; layers 0 and 2, 1 and 3 by position share a class
+CAPACITY = (3, 2, 2, 4, 1)  # quotas at the start; positions 0, 2, 4 and 1, 3 share a class
 BUDGET = 2 * STORE.layout(0).blob_bytes
 
 position = st.sampled_from(POSITIONS)
@@ -174,11 +174,14 @@ class CacheMachine(RuleBasedStateMachine):
         if len(victims):
             self.promoter.retire([(at, int(victims[which % len(victims)]))])
 
-    @rule(shift=st.integers(0, 5), shares=st.tuples(*[st.integers(0, 4)] * 2), spare=st.booleans())
-    def resize(self, shift: int, shares: tuple[int, int], spare: bool) -> None:
-        large, small = CAPACITY[0] + CAPACITY[2], CAPACITY[1] + CAPACITY[3]
-        a, b = min(shares[0] + shift // 3, large), min(shares[1] + shift // 3, small)
-        self.cache.resize([a, b, 0 if spare else large - a, 0 if spare else small - b])
+    @rule(wanted=st.tuples(*[st.integers(0, 5)] * len(CAPACITY)))
+    def resize(self, wanted: tuple[int, ...]) -> None:
+        left = [sum(CAPACITY[0::2]), sum(CAPACITY[1::2])]
+        quotas = []
+        for at, quota in enumerate(wanted):
+            quotas.append(min(quota, left[at % 2]))
+            left[at % 2] -= quotas[-1]
+        self.cache.resize(quotas)
 
     # -- copies and readers, in any order ------------------------------------------------------------------
 

@@ -225,16 +225,18 @@ def test_quota_moves_between_layers_of_a_class_without_moving_memory() -> None:
 
 
 def test_layers_share_what_their_class_has_free_without_promising_it_twice() -> None:
-    bench = Bench(2, 2, 0)
-    bench.place((0, 0), (0, 1), (1, 0))
-    bench.slots.resize([0, 4, 0])
-    assert bench.slots.vacant().tolist() == [0, 1, 0]
-    bench.slots.resize([1, 3, 0])
-    bench.promoter.retire([(0, 0), (0, 1)])
-    bench.engine.finish_all()
-    bench.promoter.advance()
-    room = bench.slots.vacant()
-    assert room.tolist() == [1, 2, 0] and room.sum() == len(bench.slots.pool(0).free)
+    store = make_experts({0: ("F32",) * 3, 1: ("F32",) * 3, 2: ("F32",) * 3}, num_experts=6).store
+    slots = ExpertSlots(store, [4, 0, 0], "cpu")
+    promoter = Promoter(slots, ImmediateCopies())
+    promoter.apply([Move(0, 0), Move(0, 1), Move(0, 2)])
+    slots.resize([0, 2, 2])
+    assert slots.vacant().tolist() == [0, 1, 0]  # one slot is free, though two layers want two each
+    promoter.advance()
+    promoter.retire([(0, 0), (0, 1)])
+    promoter.advance()
+    assert slots.vacant().tolist() == [0, 2, 1]
+    promoter.apply([Move(1, 0), Move(1, 1), Move(2, 0)])
+    check_slots(slots)
 
 
 @pytest.mark.parametrize("quotas", [[7, 0, 0], [-1, 0, 0], [0, 0], [0, 0, 0, 0]])

@@ -191,6 +191,21 @@ def test_frozen_follows_a_resize_at_once_and_waits_for_its_copies() -> None:
     on.check_integrity(compare_bytes=True)
 
 
+def test_hits_are_read_from_their_slots_and_misses_from_the_store() -> None:
+    on = runtime(policy="frozen")  # experts 0..7 of every layer, in slots 0..7 of its class or further ones
+    forward(on, 1, 0)
+    assert on.cache and (on.cache.slots.slot_of == 0).sum() == len(STORE.size_classes)
+    for pool in on.cache.slots.pools.values():
+        pool.arena.zero_()  # an expert of zero bytes gives zeros, in every format
+    hidden, one = torch.randn(1, H), torch.ones(1, 1)
+    for layer in LAYERS:
+        for expert in range(E):
+            ids = torch.tensor([[expert]])
+            found = on.run(layer, hidden, ids, one)
+            truth = OFF_RUNTIME.run(layer, hidden, ids, one)
+            assert truth.any() and torch.equal(found, truth if expert >= 8 else torch.zeros(1, H))
+
+
 # -- steps and prompts -------------------------------------------------------------------------------------------
 
 
@@ -318,6 +333,26 @@ def test_resize_takes_effect_at_the_next_step_and_keeps_the_best() -> None:
     on.check_integrity(compare_bytes=True)
     with pytest.raises(SettingsError):
         on.resize([16, 9, 0, 8])
+
+
+def test_a_shrunk_layer_is_not_shrunk_again_while_readers_linger() -> None:
+    engine = DeferredCopies()
+    on = runtime(engine=engine)
+    assert on.cache
+    forward(on, 40, 0, Phase.PREFILL)
+    on.end_prompt()
+    engine.finish_all()
+    on.begin_step(Phase.PREFILL)
+    assert on.cache.slots.used.tolist() == [8] * 4
+    on.resize(3)
+    for _ in range(3):
+        on.begin_step(Phase.PREFILL)
+        assert (on.cache.slots.slot_of >= 0).sum(axis=1).tolist() == [3] * 4
+        assert on.cache.slots.used.tolist() == [8] * 4
+    engine.finish_all()
+    on.begin_step(Phase.PREFILL)
+    assert on.cache.slots.used.tolist() == [3] * 4
+    on.check_integrity(compare_bytes=True)
 
 
 def test_facts_are_json_and_bytes_are_whole() -> None:
