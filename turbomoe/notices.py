@@ -11,12 +11,16 @@ from turbomoe.errors import TurbomoeError
 
 @dataclass(frozen=True)
 class Notice:
-    """What was refused, shrunk or slower than asked; why; what it costs; how to avoid it."""
+    """What was refused, shrunk or slower than asked; why; what it costs; how to avoid it.
+
+    ``expected`` marks what is said for information and nobody could want otherwise: never an error.
+    """
 
     what: str
     why: str
     cost: str = ""
     avoid: str = ""
+    expected: bool = False
 
     def line(self) -> str:
         tail = "".join(f" {label}: {text}." for label, text in (("Cost", self.cost), ("To avoid", self.avoid)) if text)
@@ -38,7 +42,7 @@ class NoticeBoard:
     def post(self, notice: Notice) -> None:
         """Count and print ``notice``; raise ``StrictError`` in strict mode."""
         self.counts[notice.what] += 1
-        if self.strict:
+        if self.strict and not notice.expected:
             raise StrictError(notice.what, why=notice.why, fix=notice.avoid)
         line = notice.line()
         if line in self._printed:

@@ -319,3 +319,16 @@ def test_smollm2_is_read_as_the_oracle_reads_it() -> None:
         assert np.array_equal(file.load(name).numpy().view(np.uint32), numbers.view(np.uint32))
     fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     assert dict(file.metadata) == fields
+
+
+
+def test_sisters_with_equal_headers_and_sizes_have_different_identities(tmp_path: Path) -> None:
+    data = np.zeros(40_000, dtype=np.float32)
+    identities = []
+    for changed in (None, 0, -1):
+        weights = data.copy()
+        if changed is not None:
+            weights[changed] = 1.0
+        builder = Gguf(tensors=[Tensor("w", (40_000,), 0, weights.tobytes())])
+        identities.append(GgufFile.open(builder.write(tmp_path / f"{changed}.gguf")).identity())
+    assert len(set(identities)) == 3, "the first and the last page are always looked at"

@@ -20,6 +20,7 @@ from turbomoe.errors import ModelError, ModelFileError
 from turbomoe.files.base import ModelSource
 from turbomoe.files.blocks import dequantise
 from turbomoe.files.gguf_series import Shard, open_series
+from turbomoe.files.identity import SAMPLE_BYTES, sample_offsets
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,10 @@ class GgufFile(ModelSource):
         return dequantise(packed, info.format, info.shape, dtype)
 
     def identity(self) -> str:
-        """Hex SHA-256 over the headers and file sizes. Weights are not read: it names a file, it does not vouch."""
+        """Hex SHA-256 over headers, sizes and 32 pages of weights a file: it names a model, it does not vouch for it.
+
+        Fine-tuned sisters share headers and sizes to the byte; the pages tell them apart without reading the rest.
+        """
         return self._identity
 
     def close(self) -> None:
@@ -103,4 +107,6 @@ def _identity(shards: list[Shard]) -> str:
     for shard in shards:
         digest.update(len(shard.data).to_bytes(8, "little"))
         digest.update(shard.data[: shard.header.data_start])
+        for at in sample_offsets(shard.header.data_start, len(shard.data)):
+            digest.update(shard.data[at : at + SAMPLE_BYTES])
     return digest.hexdigest()

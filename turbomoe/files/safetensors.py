@@ -18,12 +18,12 @@ from safetensors import SafetensorError, safe_open
 
 from turbomoe.errors import ModelError, ModelFileError
 from turbomoe.files.base import ModelSource, TensorInfo
+from turbomoe.files.identity import SAMPLE_BYTES, sample_offsets
 from turbomoe.files.json_file import JsonFolder
 from turbomoe.files.safetensors_index import INDEX, find_shards
 
 FORMAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 METADATA = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-_SAMPLES, _PAGE = 32, 4096
 
 
 class SafetensorsFolder(ModelSource):
@@ -121,9 +121,9 @@ def _digest_samples(path: Path, digest: Any) -> None:
         size = os.fstat(file.fileno()).st_size
         length = file.read(8)
         digest.update(size.to_bytes(8, "little") + length + file.read(int.from_bytes(length, "little")))
-        for sample in range(_SAMPLES):
-            file.seek(max(0, size - _PAGE) * sample // (_SAMPLES - 1))
-            digest.update(file.read(_PAGE))
+        for at in sample_offsets(0, size):
+            file.seek(at)
+            digest.update(file.read(SAMPLE_BYTES))
 
 
 @contextmanager

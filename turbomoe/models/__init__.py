@@ -162,7 +162,8 @@ def _tell_skipped(plan: LoadPlan) -> None:
     if not plan.skipped:
         return
     parts = [f"{count} {reason} tensors ({nbytes:,} bytes)" for reason, (count, nbytes) in plan.skipped.items()]
-    board.post(Notice("tensors left out", f"{' and '.join(parts)} are not used by the text model"))
+    why = f"{' and '.join(parts)} are not used by the text model"
+    board.post(Notice("tensors left out", why, expected=True))
 
 
 def _tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
