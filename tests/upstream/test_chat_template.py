@@ -395,5 +395,6 @@ def test_limits_of_the_training_are_dropped(tmp_path: Path, tokenizer: PreTraine
     loaded = build_tokenizer(folder(tmp_path, {"tokenizer.json": json.dumps(data), "tokenizer_config.json": config}))
     text = "a b c d e f g"
     assert len(encode_text(tokenizer, text)) > 5
-    assert encode_text(loaded, text) == encode_text(tokenizer, text)
-    assert len(encode_text(loaded, "a")) == 1
+    for allow_special in (False, True):
+        assert encode_text(loaded, text, allow_special=allow_special) == encode_text(tokenizer, text)
+        assert len(encode_text(loaded, "a", allow_special=allow_special)) == 1

@@ -61,7 +61,6 @@ def wrap(vocabulary: Vocabulary) -> PreTrainedTokenizerBase:
         add_bos_token=default_add_bos(vocabulary) and "bos" in vocabulary.roles,
         add_eos_token=bool(vocabulary.add_eos),
         chat_template=vocabulary.chat_template,
-        clean_up_tokenization_spaces=False,
         **roles,
     )
     tokenizer.name_or_path = vocabulary.path  # after construction: given a name, the constructor asks the hub about it
