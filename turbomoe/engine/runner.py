@@ -23,7 +23,10 @@ class ModelRunner:
         self, model: LoadedModel, kv: KVSettings, *, slots: int, ctx_size: int, means: KVMeans | None = None
     ) -> None:
         self.model = model
-        self.memory = KVCache(model.layers, kv, slots=slots, ctx_size=ctx_size, dtype=model.dtype, means=means)
+        device = next((parameter.device for parameter in model.shell.parameters()), torch.device("cpu"))
+        self.memory = KVCache(
+            model.layers, kv, slots=slots, ctx_size=ctx_size, dtype=model.dtype, device=device, means=means
+        )
 
     @torch.inference_mode()
     def forward(self, slots: Sequence[int], ids: torch.Tensor, phase: Phase, keep: int = 1) -> torch.Tensor:
