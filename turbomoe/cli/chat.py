@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import signal
 import sys
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
+from turbomoe.cli.answer import AnswerWriter
 from turbomoe.cli.loading import Stopwatch, load, make_engine, statistics, statistics_line
 from turbomoe.cli.options import add_common, add_engine, add_model
-from turbomoe.cli.run import AnswerWriter
-from turbomoe.cli.sampling import add_sampling, sampling_params
-from turbomoe.errors import RequestError
+from turbomoe.cli.prompts import questions
+from turbomoe.cli.sampling import add_sampling, check_sampling, sampling_params
+from turbomoe.errors import ContextFullError, RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from turbomoe.engine.conversation import Conversation
-    from turbomoe.engine.request import SamplingParams
+    from turbomoe.engine.request import Event, SamplingParams
 
 HELP = """\
 /help           this list
@@ -27,14 +34,14 @@ HELP = """\
 /stats          figures after each answer, on and off
 /exit           leave (so does Ctrl-D)
 Several lines:  end a line with \\ to go on, or press Alt-Enter. Ctrl-C stops an answer."""
-CONTEXT_FULL = (
-    "The context is full. /drop forgets the oldest exchange, /clear starts anew, a larger -c gives more room."
-)
+COMMAND = re.compile(r"/[a-z]+")
+WAY_ON = "/drop forgets the oldest exchange, then /retry asks again; /clear starts anew; a larger -c gives more room."
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb to the command line."""
-    parser = subparsers.add_parser("chat", help="chat in the terminal", description=f"Chat. Commands:\n{HELP}")
+    text = f"Chat in the terminal, or answer the lines of standard input in turn. Commands:\n\n{HELP}"
+    parser = subparsers.add_parser("chat", help="chat in the terminal", description=text)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_model(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message")
@@ -47,54 +54,30 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def main(args: argparse.Namespace) -> int:
     """Load the model and talk until the user leaves."""
+    check_sampling(args)
     from turbomoe.engine.conversation import Conversation
 
     model, settings = load(args)
     thinking = None if args.think is None else args.think == "on"
     conversation = Conversation(make_engine(model, settings), system=args.system, thinking=thinking)
-    print(f"{model.name}. /help shows the commands.", file=sys.stderr)
+    print(f"{model.name}, {conversation.engine.ctx_size} tokens of context. /help shows the commands.", file=sys.stderr)
     Chat(conversation, sampling_params(args, model.sampling), args.predict, json_lines=args.json).loop(questions())
     return 0
 
 
-def questions() -> Iterator[str]:
-    """What the user types, one question at a time; plain lines when nobody sits at a terminal."""
-    if not sys.stdin.isatty():
-        yield from _plain_questions()
-        return
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import FileHistory
+@contextmanager
+def interrupts(stop: Callable[[], None]) -> Iterator[None]:
+    """Inside, the first Ctrl-C calls ``stop``, which lets the step under way finish; a second one breaks it off."""
 
-    from turbomoe.config import state_dir
+    def handle(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        stop()
 
-    folder = state_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    session: PromptSession[str] = PromptSession(history=FileHistory(str(folder / "chat_history")))
-    ask: Callable[[str], str] = session.prompt
-    while True:
-        try:
-            yield _joined(ask)
-        except KeyboardInterrupt:
-            print("Ctrl-D or /exit leaves.", file=sys.stderr)
-        except EOFError:
-            return
-
-
-def _joined(ask: Callable[[str], str]) -> str:
-    """One question, which goes on while its lines end with a backslash."""
-    text = ask("> ")
-    while text.endswith("\\"):
-        text = text[:-1] + "\n" + ask(". ")
-    return text
-
-
-def _plain_questions() -> Iterator[str]:
-    lines = iter(sys.stdin)
-    for line in lines:
-        text = line.rstrip("\n")
-        while text.endswith("\\"):
-            text = text[:-1] + "\n" + next(lines, "").rstrip("\n")
-        yield text
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Chat:
@@ -103,6 +86,7 @@ class Chat:
     def __init__(self, conversation: Conversation, sampling: SamplingParams, limit: int, json_lines: bool) -> None:
         self.conversation, self.sampling, self.limit, self.json_lines = conversation, sampling, limit, json_lines
         self.show_statistics = True
+        self.unanswered: str | None = None  # a question that was refused or stopped before its first word
         self.commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: self.say(HELP),
             "/clear": self.clear,
@@ -112,7 +96,7 @@ class Chat:
             "/stats": self.statistics,
         }
 
-    def loop(self, questions: Iterator[str]) -> None:
+    def loop(self, questions: Iterable[str]) -> None:
         """Until /exit or the end of the input."""
         for text in questions:
             word, _, rest = text.strip().partition(" ")
@@ -120,32 +104,37 @@ class Chat:
                 return
             if word in self.commands:
                 self.commands[word](rest.strip())
-            elif word.startswith("/"):
+            elif COMMAND.fullmatch(word):  # and not a path, which a question may well begin with
                 self.say(f"There is no command {word}; /help lists them.")
             elif word:
                 self.answer(text)
 
     def say(self, text: str) -> None:
         """A remark of ours, not the model's."""
-        print(text, file=sys.stderr)
+        print(text, file=sys.stderr, flush=True)
 
     def clear(self, _: str) -> None:
         self.conversation.clear()
+        self.unanswered = None
         self.say("Starting anew.")
 
     def drop(self, _: str) -> None:
         self.say("Forgot the oldest exchange." if self.conversation.forget_oldest() else "There is nothing to forget.")
 
     def retry(self, _: str) -> None:
-        asked = self.conversation.retract()
+        asked = self.unanswered or self.conversation.retract()
         self.say("There is nothing to answer again.") if asked is None else self.answer(asked)
 
     def think(self, choice: str) -> None:
+        from turbomoe.upstream.prompts import supports_thinking
+
         if choice not in ("on", "off"):
             self.say("Write /think on or /think off.")
-            return
-        self.conversation.thinking = choice == "on"
-        self.say(f"Thinking is {choice}.")
+        elif not supports_thinking(self.conversation.tokenizer):
+            self.say("This model has no switch for thinking.")
+        else:
+            self.conversation.thinking = choice == "on"
+            self.say(f"Thinking is {choice}.")
 
     def statistics(self, _: str) -> None:
         self.show_statistics = not self.show_statistics
@@ -156,26 +145,42 @@ class Chat:
         try:
             events = self.conversation.ask(text, self.sampling, self.limit)
         except RequestError as error:
-            self.say(f"{error}\n{CONTEXT_FULL}")
+            self._refuse(text, error)
             return
         watch, writer = Stopwatch(), AnswerWriter(self.conversation.opens_thought, show=not self.json_lines)
+        finish = self._stream(events, watch, writer)
+        self.unanswered = text if finish == "cancelled" and not watch.tokens else None
+        self._report(finish, watch, writer)
+
+    def _stream(self, events: Generator[Event, None, None], watch: Stopwatch, writer: AnswerWriter) -> str:
+        """Write what comes; why it ended."""
         finish = "cancelled"
         try:
-            for event in events:
-                if event.token is not None:
-                    watch.tick()
-                writer.write(event.text)
-                finish = event.finish.value if event.finish else finish
+            with interrupts(self.conversation.stop):
+                for event in events:
+                    if event.token is not None:
+                        watch.tick()
+                    writer.write(event.text)
+                    finish = event.finish.value if event.finish else finish
         except KeyboardInterrupt:
             events.close()
         writer.close()
-        self._report(finish, watch, writer)
+        return finish
+
+    def _refuse(self, text: str, error: RequestError) -> None:
+        self.unanswered = text
+        if self.json_lines:
+            self._print_json({"error": str(error)})
+        self.say(f"{error}\n{WAY_ON}" if isinstance(error, ContextFullError) else str(error))
 
     def _report(self, finish: str, watch: Stopwatch, writer: AnswerWriter) -> None:
         figures = statistics(self.conversation.engine, self.conversation.usage, watch)
         if self.json_lines:
-            print(json.dumps({"text": writer.answer, "reasoning": writer.reasoning, "finish": finish, **figures}))
+            self._print_json({"text": writer.answer, "reasoning": writer.reasoning, "finish": finish, **figures})
         elif self.show_statistics:
-            self.say(statistics_line(figures))
+            self.say(statistics_line(figures, finish))
         if finish == "context":
-            self.say(CONTEXT_FULL)
+            self.say(f"The context is full. {WAY_ON}")
+
+    def _print_json(self, answer: dict[str, Any]) -> None:
+        print(json.dumps(answer), flush=True)

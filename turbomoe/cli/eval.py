@@ -8,12 +8,15 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
-from turbomoe.cli.options import add_common, add_engine, add_model
+from turbomoe.cli.options import add_common, add_engine, add_model, engine_settings
+from turbomoe.cli.prompts import read_text
 from turbomoe.config import KVSettings
-from turbomoe.errors import RequestError, SettingsError
+from turbomoe.errors import ModelError, RequestError, SettingsError
+from turbomoe.notices import Notice, board
 
 if TYPE_CHECKING:
     from turbomoe.insight.divergence import Divergence
+    from turbomoe.models.base import LoadedModel
 
 _SPEC = re.compile(r"([a-z0-9_]+)(?:/([a-z0-9_]+))?(?:@(\d{1,7})\+(\d{1,7}))?(-means)?")
 SPEC_HELP = "K[/V][@SINK+RECENT][-means], as in tq3, tq3/tq2, tq4@128+1024 or tq3@0+0-means; repeatable"
@@ -39,34 +42,58 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def main(args: argparse.Namespace) -> int:
     """Load, compare, print the table."""
-    from turbomoe.cli.run import read_text
     from turbomoe.insight.texts import NAME, judgement_text
 
-    if args.tokens < 2:
-        raise SettingsError("--tokens must be at least 2")
-    text = read_text(args.text) if args.text else judgement_text()
-    name = args.text or NAME
+    _check(args)
+    text, name = (read_text(args.text), args.text) if args.text else (judgement_text(), NAME)
+    judged = judged_settings(args)
     args.ctx_size = args.tokens
-    chosen = [parse_spec(spec) for spec in args.kv] if args.kv else None
-    from turbomoe.cli.loading import Bar, load
-    from turbomoe.insight.divergence import REFERENCE, compare
-    from turbomoe.upstream.prompts import encode_text
+    from turbomoe.cli.loading import Bar, load, means
+    from turbomoe.insight.divergence import compare, comparison_use
 
-    model, settings = load(args)
-    if model.tokenizer is None:
-        raise RequestError(f"{model.name} has no tokenizer and cannot read text")
-    ids = encode_text(model.tokenizer, text)[: args.tokens]
-    if len(ids) < 2:
-        raise RequestError(f"{name} is too short to judge on", fix="Give at least two tokens of text")
-    settled = chosen if chosen is not None else [settings.kv] if settings.kv != REFERENCE else []
+    model, _ = load(args, lambda forecast, settings: comparison_use(forecast, settings, judged))
+    ids = tokens_of(model, text, name, args.tokens)
+    for kv in judged:
+        means(model, kv)
     with Bar("judging", unit="token") as bar:
-        verdicts = compare(model, ids, settled, bar)
+        verdicts = compare(model, ids, judged, bar)
     if args.json:
         print(json.dumps({"model": model.name, "text": name, "results": [v.to_json() for v in verdicts]}))
     else:
         print(f"{model.name}, {len(ids)} tokens of {name}", file=sys.stderr)
         print(render(verdicts))
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.tokens < 2:
+        raise SettingsError("--tokens must be at least 2")
+    if args.ctx_size is not None or args.parallel != 1:
+        raise SettingsError("eval has no use for --ctx-size and --parallel", fix="Say --tokens N for a longer context")
+
+
+def judged_settings(args: argparse.Namespace) -> list[KVSettings]:
+    """The settings that --kv names, else that -ctk and -ctv name; none beside the reference for plain bf16."""
+    from turbomoe.insight.divergence import REFERENCE
+
+    if args.kv:
+        return [parse_spec(spec) for spec in args.kv]
+    kv = engine_settings(args).kv
+    return [kv] if (kv.type_k, kv.type_v) != (REFERENCE.type_k, REFERENCE.type_v) else []
+
+
+def tokens_of(model: LoadedModel, text: str, name: str, limit: int) -> list[int]:
+    """The first ``limit`` tokens of ``text``; a note when it has fewer, an error when that is not enough."""
+    from turbomoe.upstream.prompts import encode_text
+
+    if model.tokenizer is None:
+        raise ModelError(f"{model.name} has no tokenizer and cannot read text")
+    ids = encode_text(model.tokenizer, text)[:limit]
+    if len(ids) < 2:
+        raise RequestError(f"{name} is too short to judge on", fix="Give at least two tokens of text")
+    if len(ids) < limit:
+        board.post(Notice(f"{len(ids)} tokens are judged, not {limit}", f"{name} has no more", expected=True))
+    return ids
 
 
 def parse_spec(spec: str) -> KVSettings:

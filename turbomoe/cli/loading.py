@@ -5,38 +5,55 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from turbomoe.cli.options import engine_settings, model_reference
-from turbomoe.config import EngineSettings
+from turbomoe.config import EngineSettings, KVSettings
 
 if TYPE_CHECKING:
     from turbomoe.engine.engine import Engine
+    from turbomoe.engine.request import Usage
+    from turbomoe.hardware.memory import MemoryUse
+    from turbomoe.kv.means import KVMeans
     from turbomoe.models.base import Forecast, LoadedModel
+
+    Use = Callable[[Forecast, EngineSettings], MemoryUse]
 
 
 class Bar(AbstractContextManager["Bar"]):
-    """A progress bar on standard error, only where a person watches."""
+    """A progress bar on standard error, only where a person watches, from the first report on."""
 
     def __init__(self, what: str, unit: str = "B") -> None:
+        self._what, self._unit = what, unit
+        self._bar: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar = self._bar or self._open(total)
+        self._bar.update(done - self._bar.n)
+
+    def _open(self, total: int) -> Any:
         from tqdm import tqdm
 
         hidden = not sys.stderr.isatty()
-        self._bar: Any = tqdm(
-            desc=what, unit=unit, unit_scale=unit == "B", disable=hidden, leave=False, file=sys.stderr
-        )
-
-    def __call__(self, done: int, total: int) -> None:
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
+        scale = self._unit == "B"
+        return tqdm(
+            desc=self._what, total=total, unit=self._unit, unit_scale=scale, unit_divisor=1024 if scale else 1000,
+            disable=hidden, leave=False, file=sys.stderr,
+        )  # fmt: skip
 
     def __exit__(self, *exc: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
-def load(args: argparse.Namespace) -> tuple[LoadedModel, EngineSettings]:
-    """Resolve, check and load the model that ``args`` name; the memory table goes to standard error first."""
+def load(args: argparse.Namespace, use: Use | None = None) -> tuple[LoadedModel, EngineSettings]:
+    """Resolve, check and load the model that ``args`` name; the memory table goes to standard error first.
+
+    ``use`` tells what the verb will take; by default one engine's memory. The settings come back with the size of
+    context that was settled on.
+    """
     settings = engine_settings(args)
     quiet_transformers()
     import torch
@@ -47,30 +64,48 @@ def load(args: argparse.Namespace) -> tuple[LoadedModel, EngineSettings]:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     path = resolve(model_reference(args))
+    settled = settings
+
+    def before(forecast: Forecast) -> None:
+        nonlocal settled
+        settled = announce(forecast, settings, asked=args.ctx_size is not None, use=use)
+
     with Bar("loading") as bar:
-        model = load_model(path, settings, bar, before=lambda forecast: announce(forecast, settings))
-    return model, settings
+        model = load_model(path, settings, bar, before=before)
+    return model, settled
 
 
-def announce(forecast: Forecast, settings: EngineSettings) -> None:
-    """Print what the run will take; raise ``OutOfMemoryError`` when it does not fit."""
-    from turbomoe.engine.forecast import context_size, memory_use
-    from turbomoe.hardware.memory import memory_table
+def announce(
+    forecast: Forecast, settings: EngineSettings, *, asked: bool = True, use: Use | None = None
+) -> EngineSettings:
+    """Print what the run will take; raise ``OutOfMemoryError`` when it does not fit. Returns the settled settings."""
+    from turbomoe.engine.forecast import memory_use, settle_context
+    from turbomoe.hardware.memory import devices, memory_table
 
-    context_size(settings, forecast.context_length)
-    table = memory_table({settings.device: memory_use(forecast, settings)})
-    print(table.render(), file=sys.stderr)
+    found = devices()
+    room = next((memory.available for memory in found if memory.device == settings.device), 0)
+    settled = settle_context(forecast, settings, asked=asked, room=room)
+    table = memory_table({settings.device: (use or memory_use)(forecast, settled)}, found)
+    print(table.render(), file=sys.stderr, flush=True)
     table.check_fits()
+    return settled
 
 
 def make_engine(model: LoadedModel, settings: EngineSettings) -> Engine:
     """The engine for a loaded model, with its means calibrated if these settings want them."""
-    from turbomoe.engine.calibrate import is_calibrated, means_for
     from turbomoe.engine.engine import Engine
 
-    if not is_calibrated(model, settings.kv):
-        print("calibrating key and value means, once for this model...", file=sys.stderr)
-    return Engine(model, settings, means_for(model, settings.kv))
+    return Engine(model, settings, means(model, settings.kv))
+
+
+def means(model: LoadedModel, kv: KVSettings) -> KVMeans | None:
+    """The model's means for ``kv``, telling a person when they have to be calibrated first."""
+    from turbomoe.engine.calibrate import is_calibrated, means_for
+
+    if not is_calibrated(model, kv):
+        print("calibrating key and value means, once for this model...", file=sys.stderr, flush=True)
+    with Bar("calibrating", unit="token") as bar:
+        return means_for(model, kv, bar)
 
 
 def quiet_transformers() -> None:
@@ -97,10 +132,10 @@ class Stopwatch:
         return {"first_token_s": self.first - self.started if self.tokens else None, "tokens_per_s": rate}
 
 
-def statistics(engine: Engine, usage: Any, watch: Stopwatch) -> dict[str, Any]:
+def statistics(engine: Engine, usage: Usage, watch: Stopwatch) -> dict[str, Any]:
     """The figures of one answer."""
     memory = engine.runner.memory
-    figures = {
+    figures: dict[str, Any] = {
         "prompt_tokens": usage.prompt,
         "reused_tokens": usage.reused,
         "generated_tokens": usage.generated,
@@ -115,13 +150,17 @@ def statistics(engine: Engine, usage: Any, watch: Stopwatch) -> dict[str, Any]:
     return figures
 
 
-def statistics_line(figures: dict[str, Any]) -> str:
-    """The same for a person, in one line."""
+ENDINGS = {"length": "cut at --predict", "cancelled": "stopped", "context": "the context is full"}
+
+
+def statistics_line(figures: dict[str, Any], finish: str = "") -> str:
+    """The same for a person, in one line; ``finish`` is told unless the model itself came to its end."""
     rate, first = figures["tokens_per_s"], figures["first_token_s"]
     parts = [
         f"{figures['prompt_tokens']} prompt tokens ({figures['reused_tokens']} reused)",
         f"{figures['generated_tokens']} generated",
         *([f"first after {first:.2f} s"] if first is not None else []),
         *([f"{rate:.1f} tokens/s"] if rate is not None else []),
+        *([ENDINGS[finish]] if finish in ENDINGS else []),
     ]
     return "[" + ", ".join(parts) + "]"

@@ -40,8 +40,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "--ctx-size",
         type=int,
         metavar="N",
-        default=defaults.ctx_size,
-        help="tokens of context, 0 for the model's own limit (default %(default)s)",
+        help=f"tokens of context, 0 for the model's own limit (default {defaults.ctx_size}, or that limit if less)",
     )
     group.add_argument(
         "-np",
@@ -140,7 +139,7 @@ def engine_settings(args: argparse.Namespace) -> EngineSettings:
     """The settings that the flags of ``add_engine`` ask for; raises ``SettingsError`` for values out of range."""
     _note_placement(args)
     return EngineSettings(
-        ctx_size=args.ctx_size,
+        ctx_size=EngineSettings.ctx_size if args.ctx_size is None else args.ctx_size,
         parallel=args.parallel,
         threads=args.threads,
         dtype=args.dtype,

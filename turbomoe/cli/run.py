@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from turbomoe.cli.answer import AnswerWriter
 from turbomoe.cli.loading import Stopwatch, load, make_engine, statistics, statistics_line
 from turbomoe.cli.options import add_common, add_engine, add_model
-from turbomoe.cli.sampling import add_sampling, sampling_params
-from turbomoe.errors import RequestError, SettingsError
+from turbomoe.cli.prompts import read_text
+from turbomoe.cli.sampling import add_sampling, check_sampling, sampling_params
+from turbomoe.errors import SettingsError
+from turbomoe.notices import Notice, board
 
 if TYPE_CHECKING:
     from turbomoe.engine.engine import Engine
+    from turbomoe.engine.request import Finish, Request
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -37,6 +40,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def main(args: argparse.Namespace) -> int:
     """Load, answer, report."""
+    check_sampling(args)
+    if args.raw and (args.system or args.think):
+        raise SettingsError("--raw leaves no place for --system and --think", fix="Leave out one or the other")
     text = read_prompt(args)
     from turbomoe.engine.request import Request
 
@@ -44,22 +50,37 @@ def main(args: argparse.Namespace) -> int:
     engine = make_engine(model, settings)
     ids, opens_thought = prompt_ids(engine, text, args)
     request = Request(tuple(ids), args.predict, sampling_params(args, model.sampling), tuple(args.stop))
-    watch = Stopwatch()
-    writer = AnswerWriter(opens_thought, show=not args.json)
-    finish = None
+    watch, writer = Stopwatch(), AnswerWriter(opens_thought, show=not args.json)
+    finish = stream(engine, request, watch, writer)
+    figures = statistics(engine, next(iter(engine.usage.values())), watch)
+    if args.json:
+        answer = {"text": writer.answer, "reasoning": writer.reasoning, "finish": finish.value}
+        print(json.dumps({"model": model.name, **answer, **figures}))
+    else:
+        print(statistics_line(figures, finish.value), file=sys.stderr)
+    note_cut(finish, engine.ctx_size)
+    return 0
+
+
+def stream(engine: Engine, request: Request, watch: Stopwatch, writer: AnswerWriter) -> Finish:
+    """Write the answer while it comes; why it ended."""
+    from turbomoe.engine.request import Finish
+
+    finish = Finish.CANCELLED
     for event in engine.stream(request):
         if event.token is not None:
             watch.tick()
         writer.write(event.text)
         finish = event.finish or finish
     writer.close()
-    figures = statistics(engine, next(iter(engine.usage.values())), watch)
-    if args.json:
-        answer = {"text": writer.answer, "reasoning": writer.reasoning, "finish": finish and finish.value}
-        print(json.dumps({"model": model.name, **answer, **figures}))
-    else:
-        print(statistics_line(figures), file=sys.stderr)
-    return 0
+    return finish
+
+
+def note_cut(finish: Finish, ctx_size: int) -> None:
+    """Tell that the context, and not the model, ended the answer."""
+    if finish.value == "context":
+        why = f"the context of {ctx_size} tokens is full"
+        board.post(Notice("the answer was cut", why, avoid="use a larger --ctx-size"))
 
 
 def prompt_ids(engine: Engine, text: str, args: argparse.Namespace) -> tuple[list[int], bool]:
@@ -71,13 +92,25 @@ def prompt_ids(engine: Engine, text: str, args: argparse.Namespace) -> tuple[lis
     tokenizer = engine.model.tokenizer
     if tokenizer is None:
         raise ModelError(f"{engine.model.name} has no tokenizer and cannot read text")
-    if args.raw or not tokenizer.chat_template:
+    if args.raw:
+        return encode_text(tokenizer, text), False
+    if not tokenizer.chat_template:
+        note_base_model(args)
         return encode_text(tokenizer, text), False
     system = [{"role": "system", "content": args.system}] if args.system else []
     messages = [*system, {"role": "user", "content": text}]
     thinking = None if args.think is None else args.think == "on"
     rendered = render_chat(tokenizer, messages, thinking=thinking)
     return encode_chat(tokenizer, messages, thinking=thinking), rendered.rstrip().endswith(OPEN)
+
+
+def note_base_model(args: argparse.Namespace) -> None:
+    """Say that there is no chat; an error under ``--strict`` only where a flag is lost by it."""
+    lost = " and ".join(flag for flag, value in (("--system", args.system), ("--think", args.think)) if value)
+    why = "the model has no chat template (a base model)"
+    if lost:
+        board.post(Notice(f"{lost} has no effect", why, avoid=f"leave {lost} out or take an instruction-tuned model"))
+    board.post(Notice("the prompt is completed as plain text", why, expected=True))
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -92,53 +125,7 @@ def read_prompt(args: argparse.Namespace) -> str:
     return _not_empty(read_text(args.file))
 
 
-def read_text(path: str | None) -> str:
-    """A UTF-8 text file, or standard input for None. Errors name the file and the place."""
-    name = path or "standard input"
-    try:
-        data = Path(path).read_bytes() if path else sys.stdin.buffer.read()
-    except OSError as error:
-        raise RequestError(f"Cannot read {name}", why=error.strerror or str(error)) from error
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{name} is not UTF-8 text",
-            why=f"byte {error.start} cannot be read",
-            fix="Convert it, as with iconv -t utf-8",
-        ) from error
-
-
 def _not_empty(text: str) -> str:
     if not text.strip():
         raise SettingsError("The prompt is empty", fix="Write something to answer")
     return text
-
-
-class AnswerWriter:
-    """Streams an answer to standard output and thoughts to standard error, and keeps both."""
-
-    def __init__(self, thinking: bool, show: bool = True) -> None:
-        from turbomoe.engine.reasoning import ReasoningSplitter
-
-        self._splitter, self._show = ReasoningSplitter(thinking), show
-        self.answer = self.reasoning = ""
-
-    def write(self, text: str) -> None:
-        self._put(self._splitter.push(text))
-
-    def close(self) -> None:
-        """Flush what was held back and end the line."""
-        self._put(self._splitter.finish())
-        if self._show:
-            print(flush=True)
-
-    def _put(self, pieces: list[tuple[bool, str]]) -> None:
-        for is_reasoning, text in pieces:
-            if is_reasoning:
-                self.reasoning += text
-            else:
-                text = text if self.answer else text.lstrip("\n")
-                self.answer += text
-            if self._show:
-                print(text, end="", flush=True, file=sys.stderr if is_reasoning else sys.stdout)

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from turbomoe.errors import RequestError, SettingsError
 
 if TYPE_CHECKING:
     from turbomoe.engine.request import SamplingParams
 
 FALLBACK = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
+FLAGS = {
+    "temperature": "--temp",
+    "top_k": "--top-k",
+    "top_p": "--top-p",
+    "min_p": "--min-p",
+    "repetition_penalty": "--repeat-penalty",
+    "seed": "--seed",
+}
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -26,11 +37,28 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_sampling(args: argparse.Namespace) -> None:
+    """Raise ``SettingsError`` for flags out of range: before a model is loaded, not after."""
+    from turbomoe.engine.request import Request, SamplingParams
+
+    for name, flag in FLAGS.items():
+        if (value := getattr(args, name)) is not None:
+            _try(flag, partial(SamplingParams, **{name: value}))
+    _try("--predict", partial(Request, (0,), max_tokens=args.predict))
+    _try("--stop", partial(Request, (0,), stop=tuple(getattr(args, "stop", ()))))
+
+
+def _try(flag: str, build: Callable[[], object]) -> None:
+    try:
+        build()
+    except RequestError as error:
+        raise SettingsError(f"{flag} is out of range: {error.what}") from error
+
+
 def sampling_params(args: argparse.Namespace, model_defaults: Mapping[str, Any]) -> SamplingParams:
-    """The parameters of a request. Raises ``RequestError`` for values out of range."""
+    """The parameters of a request. Raises ``RequestError`` where the model's own are out of range."""
     from turbomoe.engine.request import SamplingParams
 
-    chosen: dict[str, Any] = {**FALLBACK, **model_defaults} if model_defaults else dict(FALLBACK)
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    chosen |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return SamplingParams(**{name: value for name, value in chosen.items() if name in names})
+    said = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
+    known = {name: value for name, value in model_defaults.items() if name in FLAGS}
+    return SamplingParams(**{**FALLBACK, **known, **said})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from turbomoe.config import KVSettings, state_dir
 from turbomoe.engine.runner import ModelRunner
 from turbomoe.experts.base import Phase
+from turbomoe.files.atomic import WriteError
 from turbomoe.kv.codecs import make_codec
 from turbomoe.kv.means import KVMeans, MeanAccumulator, MeansError
 from turbomoe.kv.shape import AttentionShape
@@ -18,6 +20,7 @@ from turbomoe.notices import Notice, board
 
 CALIBRATION_TOKENS = 2048
 CHUNK = 512
+Progress = Callable[[int, int], None]
 
 
 def means_path(identity: str) -> Path:
@@ -36,8 +39,11 @@ def is_calibrated(model: LoadedModel, kv: KVSettings) -> bool:
     return not needs_means(model, kv) or means_path(model.identity).exists()
 
 
-def means_for(model: LoadedModel, kv: KVSettings) -> KVMeans | None:
-    """The model's means, calibrated now if they are not on disk yet; None where the settings do not use any."""
+def means_for(model: LoadedModel, kv: KVSettings, progress: Progress | None = None) -> KVMeans | None:
+    """The model's means, calibrated now if they are not on disk yet; None where the settings do not use any.
+
+    ``progress(done, total)`` hears of calibration tokens. Means that cannot be kept are a note, not an error.
+    """
     if not needs_means(model, kv):
         return None
     path = means_path(model.identity)
@@ -45,14 +51,21 @@ def means_for(model: LoadedModel, kv: KVSettings) -> KVMeans | None:
         try:
             return KVMeans.load(path, model.identity)
         except MeansError as error:
-            board.post(Notice("calibrating again", str(error), "a few seconds"))
-    means = calibrate(model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    means.save(path)
+            board.post(Notice("calibrating again", str(error).rstrip("."), "a few seconds"))
+    means = calibrate(model, progress)
+    _keep(means, path)
     return means
 
 
-def calibrate(model: LoadedModel) -> KVMeans:
+def _keep(means: KVMeans, path: Path) -> None:
+    try:
+        means.save(path)
+    except WriteError as error:
+        avoid = "make room there, or set TURBOMOE_HOME to a folder that can be written"
+        board.post(Notice("the means are not kept", str(error).rstrip("."), "calibrating again next time", avoid))
+
+
+def calibrate(model: LoadedModel, progress: Progress | None = None) -> KVMeans:
     """Run the model over the calibration text with an exact cache and average its full-attention keys and values."""
     ids = calibration_ids(model)
     runner = ModelRunner(model, KVSettings("f32", "f32"), slots=1, ctx_size=len(ids))
@@ -66,6 +79,8 @@ def calibrate(model: LoadedModel) -> KVMeans:
     runner.memory.observer = observe
     for at in range(0, len(ids), CHUNK):
         runner.forward([0], torch.tensor([ids[at : at + CHUNK]]), Phase.PREFILL)
+        if progress is not None:
+            progress(min(at + CHUNK, len(ids)), len(ids))
     return sums.finish(model.identity)
 
 

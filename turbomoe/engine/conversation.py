@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import dataclass, field
 
 from turbomoe.engine.engine import Engine
 from turbomoe.engine.reasoning import OPEN
-from turbomoe.engine.request import Event, Request, SamplingParams, Usage
+from turbomoe.engine.request import Event, Finish, Request, SamplingParams, Usage
 from turbomoe.errors import ModelError
+from turbomoe.notices import Notice, board
 from turbomoe.upstream.prompts import encode_chat, encode_text, render_chat
 
 Message = dict[str, str]
+
+
+@dataclass
+class _Turn:
+    """One exchange on its way: what was asked, the prompt it became, and what came back so far."""
+
+    messages: list[Message]
+    prompt_text: str
+    prompt: list[int]
+    request_id: int = 0
+    shown: str = ""
+    drawn: list[int] = field(default_factory=list)
 
 
 class Conversation:
@@ -23,6 +37,9 @@ class Conversation:
     def __init__(self, engine: Engine, *, system: str | None = None, thinking: bool | None = None) -> None:
         if engine.model.tokenizer is None:
             raise ModelError("This model has no tokenizer and cannot chat")
+        if not engine.model.tokenizer.chat_template:
+            fix = "Complete plain text with turbomoe run, or take the instruction-tuned version of the model"
+            raise ModelError(f"{engine.model.name} has no chat template: it is a base model and cannot chat", fix=fix)
         self.engine, self.tokenizer = engine, engine.model.tokenizer
         self.thinking = thinking
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
@@ -30,16 +47,28 @@ class Conversation:
         self.opens_thought = False  # whether the prompt of the last turn ended inside a thought
         self._seen_ids: list[int] = []
         self._seen_text = ""
+        self._open: int | None = None  # the request under way
+        self._stopped = False
 
     def ask(self, text: str, sampling: SamplingParams, max_tokens: int = 0) -> Generator[Event, None, None]:
         """Stream the answer to ``text``. The turn is kept when it ends, also when cut short by closing the iterator.
 
-        Raises ``RequestError`` when the conversation does not fit the context; then nothing has changed.
+        A turn that is cut short before the first token, or fails, is not kept. Raises ``ContextFullError`` when the
+        conversation does not fit the context, ``RequestError`` for other refusals; then nothing has changed.
         """
-        turn = [*self.messages, {"role": "user", "content": text}]
-        prompt_text, prompt = self._prompt(turn)
-        request = Request(tuple(prompt), max_tokens=max_tokens, sampling=sampling)
-        return self._answer(self.engine.submit(request), turn, prompt_text, request)
+        messages = [*self.messages, {"role": "user", "content": text}]
+        turn = _Turn(messages, *self._prompt(messages))
+        request = Request(tuple(turn.prompt), max_tokens=max_tokens, sampling=sampling)
+        if self._open is not None:  # an answer that nobody began to read
+            self._close(self._open)
+        turn.request_id = self._open = self.engine.submit(request)
+        self.opens_thought = turn.prompt_text.rstrip().endswith(OPEN)
+        self._stopped = False
+        return self._answer(turn)
+
+    def stop(self) -> None:
+        """End the running answer at the next token; it is kept as far as it came. May be called from a signal."""
+        self._stopped = True
 
     def forget_oldest(self) -> bool:
         """Drop the oldest exchange (never the system message); False when there is none to drop."""
@@ -47,11 +76,13 @@ class Conversation:
         if len(self.messages) - first < 2:
             return False
         del self.messages[first : first + 2]
+        self._forget_seen()
         return True
 
     def clear(self) -> None:
         """Start anew, keeping the system message."""
         self.messages = [m for m in self.messages if m["role"] == "system"]
+        self._forget_seen()
 
     def retract(self) -> str | None:
         """Take back the last exchange and return what the user had asked."""
@@ -59,38 +90,71 @@ class Conversation:
             return None
         asked = self.messages[-2]["content"]
         del self.messages[-2:]
+        self._forget_seen()
         return asked
 
-    def _answer(
-        self, request_id: int, turn: list[Message], prompt_text: str, request: Request
-    ) -> Generator[Event, None, None]:
-        shown, drawn, finish = "", list[int](), None
+    def _answer(self, turn: _Turn) -> Generator[Event, None, None]:
+        finish: Finish | None = None
+        failed = False
         try:
             while finish is None:
-                for event in self.engine.step():
-                    shown, finish = shown + event.text, event.finish
-                    drawn += [] if event.token is None else [event.token]
+                for event in self.engine.cancel(turn.request_id) if self._stopped else self.engine.step():
+                    if event.request_id != turn.request_id:
+                        continue
+                    finish, turn.shown = event.finish, turn.shown + event.text
+                    turn.drawn += [] if event.token is None else [event.token]
                     yield event
+        except Exception:
+            failed = True
+            raise
         finally:
-            for event in self.engine.cancel(request_id):
-                shown += event.text
-            self.usage = self.engine.usage.pop(request_id)
-            self._keep(turn, prompt_text, request, shown, drawn)
+            turn.shown += self._close(turn.request_id)
+            if not failed and (turn.drawn or finish is Finish.STOP):
+                self._keep(turn)
 
-    def _keep(self, turn: list[Message], prompt_text: str, request: Request, shown: str, drawn: list[int]) -> None:
-        self.messages = [*turn, {"role": "assistant", "content": shown}]
-        self._seen_ids = [*request.prompt, *drawn]
-        self._seen_text = prompt_text + str(self.tokenizer.decode(drawn, skip_special_tokens=False))
+    def _close(self, request_id: int) -> str:
+        """Make sure that a request has ended; returns the text that was still held back."""
+        rest = "".join(event.text for event in self.engine.cancel(request_id))
+        self.usage = self.engine.usage.pop(request_id)
+        self._open = None
+        return rest
 
-    def _prompt(self, turn: list[Message]) -> tuple[str, list[int]]:
-        """The rendering of ``turn`` and its tokens."""
-        text = render_chat(self.tokenizer, turn, thinking=self.thinking)
-        self.opens_thought = text.rstrip().endswith(OPEN)
-        if self._seen_text and text.startswith(self._seen_text) and self._is_plain(turn[-1]["content"]):
-            rest = self.tokenizer(text[len(self._seen_text) :], add_special_tokens=False)["input_ids"]
-            return text, [*self._seen_ids, *rest]
-        return text, encode_chat(self.tokenizer, turn, thinking=self.thinking)
+    def _keep(self, turn: _Turn) -> None:
+        self.messages = [*turn.messages, {"role": "assistant", "content": turn.shown}]
+        self._seen_ids = [*turn.prompt, *turn.drawn]
+        said = self.tokenizer.decode(turn.drawn, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        self._seen_text = turn.prompt_text + str(said)
+
+    def _forget_seen(self) -> None:
+        self._seen_ids, self._seen_text = [], ""
+
+    def _prompt(self, messages: list[Message]) -> tuple[str, list[int]]:
+        """The rendering of ``messages`` and its tokens."""
+        text = render_chat(self.tokenizer, messages, thinking=self.thinking)
+        rest = self._unseen(text, messages[-1]["content"])
+        if rest is None:
+            return text, encode_chat(self.tokenizer, messages, thinking=self.thinking)
+        ids: list[int] = self.tokenizer(rest, add_special_tokens=False)["input_ids"]
+        return text, [*self._seen_ids, *ids]
+
+    def _unseen(self, text: str, question: str) -> str | None:
+        """What ``text`` adds to what the model has seen; None where everything must be tokenised anew."""
+        if not self._seen_ids:
+            return None
+        if not self._is_plain(question):
+            _tell("the question holds control tokens of the model")
+            return None
+        for seen in (self._seen_text, self._seen_text.rstrip()):  # many templates strip answers
+            if text.startswith(seen):
+                return text[len(seen) :]
+        _tell("the chat template now writes them differently, as those that drop old thoughts do")
+        return None
 
     def _is_plain(self, text: str) -> bool:
         """Whether ``text`` holds no control tokens, which a user's words must not turn into."""
         return encode_text(self.tokenizer, text) == encode_text(self.tokenizer, text, allow_special=True)
+
+
+def _tell(why: str) -> None:
+    cost = "some or all of their tokens are computed again; the count of reused ones tells how many were not"
+    board.post(Notice("earlier turns are read again", why, cost, expected=True))

@@ -13,7 +13,7 @@ from turbomoe.engine.request import Event, Request, Usage
 from turbomoe.engine.runner import ModelRunner
 from turbomoe.engine.sequence import Sequence
 from turbomoe.engine.slots import SlotPool
-from turbomoe.errors import RequestError
+from turbomoe.errors import ContextFullError, RequestError
 from turbomoe.experts.base import Phase
 from turbomoe.kv.means import KVMeans
 from turbomoe.models.base import LoadedModel
@@ -37,7 +37,7 @@ class Engine:
         """Queue a request and return its id. Raises ``RequestError`` for a prompt that cannot be run."""
         vocabulary = self.model.config.vocab_size
         if len(request.prompt) >= self.ctx_size:
-            raise RequestError(
+            raise ContextFullError(
                 f"The prompt has {len(request.prompt)} tokens and the context holds {self.ctx_size}",
                 why="At least one token of the answer must fit as well",
                 fix="Shorten the prompt or use a larger --ctx-size",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from turbomoe.config import EngineSettings
+from dataclasses import replace
+
+from turbomoe.config import EngineSettings, KVSettings
 from turbomoe.hardware.memory import MemoryUse
 from turbomoe.kv.attention import QUERY_BLOCK, TILE_PAGES
 from turbomoe.kv.cache import KVCache
@@ -10,26 +12,58 @@ from turbomoe.kv.pages import PAGE_TOKENS
 from turbomoe.models.base import Forecast
 from turbomoe.notices import Notice, board
 
+SMALLEST = 512  # tokens: a context below that helps nobody
 
-def context_size(settings: EngineSettings, trained: int) -> int:
-    """Tokens of context a sequence gets; a note when that is more than the model was trained for."""
-    asked = settings.ctx_size or trained
-    if asked > trained:
-        why = f"the model was trained for {trained} tokens"
-        board.post(Notice(f"a context of {asked} tokens", why, "answers may degrade", "use a smaller --ctx-size"))
-    return asked
+
+def settle_context(forecast: Forecast, settings: EngineSettings, *, asked: bool, room: int) -> EngineSettings:
+    """``settings`` with the tokens of context that a sequence gets.
+
+    Without a wish (``asked`` False) the default, or the model's own limit where that is less. A size of 0 is the
+    model's own limit, halved with a note until it fits the ``room`` in bytes. A wish beyond the limit gets a note.
+    """
+    trained = forecast.context_length
+    if settings.ctx_size == 0:
+        return _fitting(forecast, replace(settings, ctx_size=trained), room)
+    if settings.ctx_size <= trained:
+        return settings
+    if not asked:
+        return replace(settings, ctx_size=trained)
+    what, why = f"a context of {settings.ctx_size} tokens", f"the model was trained for {trained} tokens"
+    board.post(Notice(what, why, "answers may degrade beyond them", f"use --ctx-size {trained} or less"))
+    return settings
+
+
+def _fitting(forecast: Forecast, settings: EngineSettings, room: int) -> EngineSettings:
+    size = settings.ctx_size
+    while size > SMALLEST and memory_use(forecast, replace(settings, ctx_size=size)).total > room:
+        size //= 2
+    if size < settings.ctx_size:
+        what, why = f"a context of {size} tokens", f"the model's own limit of {settings.ctx_size} does not fit memory"
+        board.post(Notice(what, why, avoid="choose --cache-type-k and --cache-type-v with fewer bits"))
+    return replace(settings, ctx_size=size)
 
 
 def memory_use(forecast: Forecast, settings: EngineSettings) -> MemoryUse:
     """Weights, KV memory (exact, by the cache's own arithmetic on a device without storage), workspace, experts."""
-    ctx_size = settings.ctx_size or forecast.context_length
-    empty = KVCache(forecast.layers, settings.kv, slots=settings.parallel, ctx_size=ctx_size, device="meta")
     return MemoryUse(
         weights=forecast.weight_bytes,
-        kv=empty.nbytes() + empty.recurrent_nbytes(),
+        kv=kv_bytes(forecast, settings, settings.kv),
         workspace=workspace_bytes(forecast, settings),
-        experts=forecast.expert_bytes,
+        experts=forecast.expert_bytes + slot_bytes(forecast, settings),
     )
+
+
+def kv_bytes(forecast: Forecast, settings: EngineSettings, kv: KVSettings) -> int:
+    """What the memory of all sequences takes when keys and values are stored as ``kv``, recurrent states included."""
+    ctx_size = settings.ctx_size or forecast.context_length
+    empty = KVCache(forecast.layers, kv, slots=settings.parallel, ctx_size=ctx_size, device="meta")
+    return empty.nbytes() + empty.recurrent_nbytes()
+
+
+def slot_bytes(forecast: Forecast, settings: EngineSettings) -> int:
+    """At most what the expert cache takes on top of the experts themselves; ``auto`` takes nothing on a CPU."""
+    size = settings.experts.cache
+    return min(size, forecast.expert_bytes) if isinstance(size, int) else 0
 
 
 def workspace_bytes(forecast: Forecast, settings: EngineSettings) -> int:

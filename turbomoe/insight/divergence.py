@@ -8,18 +8,22 @@ Units: KL in nats per token, D(reference || setting); same-top as a share of tok
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
-from turbomoe.config import KVSettings
-from turbomoe.engine.calibrate import means_for
+from turbomoe.config import EngineSettings, KVSettings
+from turbomoe.engine.calibrate import means_for, needs_means
+from turbomoe.engine.forecast import kv_bytes, memory_use
 from turbomoe.engine.runner import ModelRunner
 from turbomoe.experts.base import Phase
-from turbomoe.models.base import LoadedModel
+from turbomoe.hardware.memory import MemoryUse
+from turbomoe.kv.cache import EXACT_TYPES
+from turbomoe.models.base import Forecast, LoadedModel
 
 CHUNK = 256
+LOGIT_COPIES = 5  # of a chunk, alive at the same time: logits, their log-softmax, the reference's, two temporaries
 REFERENCE = KVSettings("bf16", "bf16")
 NOISE = KVSettings("f32", "f32")
 
@@ -74,9 +78,24 @@ class _Arm:
 
 
 def label_of(kv: KVSettings) -> str:
-    """A short name: types, windows, means."""
+    """A short name: types, and for codes windows and means."""
     types = kv.type_k if kv.type_k == kv.type_v else f"K {kv.type_k} V {kv.type_v}"
+    if kv.type_k in EXACT_TYPES and kv.type_v in EXACT_TYPES:
+        return types
     return f"{types} {kv.sink}/{kv.recent}{'' if kv.means else ' no means'}"
+
+
+def arms_of(settings: Sequence[KVSettings]) -> list[tuple[str, KVSettings]]:
+    """What is run side by side to judge ``settings``: the reference, the noise floor, and they."""
+    return [("bf16 (reference)", REFERENCE), ("f32 (noise floor)", NOISE), *((label_of(kv), kv) for kv in settings)]
+
+
+def comparison_use(forecast: Forecast, settings: EngineSettings, judged: Sequence[KVSettings]) -> MemoryUse:
+    """What ``compare`` will take: the weights once, a cache for every arm, and the logits of a whole chunk."""
+    use = memory_use(forecast, settings)
+    caches = sum(kv_bytes(forecast, settings, kv) for _, kv in arms_of(judged))
+    logits = 4 * LOGIT_COPIES * CHUNK * int(forecast.config.vocab_size)
+    return replace(use, kv=caches, workspace=use.workspace + logits)
 
 
 def compare(
@@ -86,12 +105,7 @@ def compare(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Divergence]:
     """Judge ``settings`` on the tokens ``ids``; the first verdict is the reference, the second the noise floor."""
-
-    def arm(label: str, kv: KVSettings) -> _Arm:
-        return _Arm(label, ModelRunner(model, kv, slots=1, ctx_size=len(ids), means=means_for(model, kv)))
-
-    arms = [arm("bf16 (reference)", REFERENCE), arm("f32 (noise floor)", NOISE)]
-    arms += [arm(label_of(kv), kv) for kv in settings]
+    arms = _arms(model, len(ids), settings)
     tokens = torch.tensor(ids)
     for at in range(0, len(ids), CHUNK):
         chunk, targets = tokens[None, at : at + CHUNK], tokens[at + 1 : at + 1 + CHUNK]
@@ -103,3 +117,12 @@ def compare(
         if progress is not None:
             progress(min(at + CHUNK, len(ids)), len(ids))
     return [one.verdict() for one in arms]
+
+
+def _arms(model: LoadedModel, ctx_size: int, settings: Sequence[KVSettings]) -> list[_Arm]:
+    wanting = [kv for kv in settings if needs_means(model, kv)]
+    shared = means_for(model, wanting[0]) if wanting else None
+    return [
+        _Arm(label, ModelRunner(model, kv, slots=1, ctx_size=ctx_size, means=shared if kv in wanting else None))
+        for label, kv in arms_of(settings)
+    ]
