@@ -13,6 +13,12 @@ from turbomoe.notices import Notice, board
 from turbomoe.upstream.prompts import encode_chat, encode_text, render_chat
 
 Message = dict[str, str]
+READ_AGAIN = Notice(
+    "earlier turns are read again",
+    "the chat template writes them differently now (as those that drop old thoughts do)",
+    "their tokens are computed again, as far as they are not counted as reused",
+    expected=True,
+)
 
 
 @dataclass
@@ -132,29 +138,23 @@ class Conversation:
         """The rendering of ``messages`` and its tokens."""
         text = render_chat(self.tokenizer, messages, thinking=self.thinking)
         rest = self._unseen(text, messages[-1]["content"])
-        if rest is None:
-            return text, encode_chat(self.tokenizer, messages, thinking=self.thinking)
-        ids: list[int] = self.tokenizer(rest, add_special_tokens=False)["input_ids"]
-        return text, [*self._seen_ids, *ids]
+        if rest is not None:
+            ids: list[int] = self.tokenizer(rest, add_special_tokens=False)["input_ids"]
+            return text, [*self._seen_ids, *ids]
+        ids = encode_chat(self.tokenizer, messages, thinking=self.thinking)
+        if ids[: len(self._seen_ids)] != self._seen_ids:
+            board.post(READ_AGAIN)
+        return text, ids
 
     def _unseen(self, text: str, question: str) -> str | None:
         """What ``text`` adds to what the model has seen; None where everything must be tokenised anew."""
-        if not self._seen_ids:
-            return None
-        if not self._is_plain(question):
-            _tell("the question holds control tokens of the model")
+        if not self._seen_ids or not self._is_plain(question):
             return None
         for seen in (self._seen_text, self._seen_text.rstrip()):  # many templates strip answers
             if text.startswith(seen):
                 return text[len(seen) :]
-        _tell("the chat template now writes them differently, as those that drop old thoughts do")
         return None
 
     def _is_plain(self, text: str) -> bool:
         """Whether ``text`` holds no control tokens, which a user's words must not turn into."""
         return encode_text(self.tokenizer, text) == encode_text(self.tokenizer, text, allow_special=True)
-
-
-def _tell(why: str) -> None:
-    cost = "some or all of their tokens are computed again; the count of reused ones tells how many were not"
-    board.post(Notice("earlier turns are read again", why, cost, expected=True))
