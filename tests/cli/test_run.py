@@ -243,7 +243,7 @@ def test_a_context_beyond_the_model_s_is_a_note_and_strictly_an_error(turbomoe: 
     assert "note: a context of 1024 tokens: the model was trained for 512 tokens." in said
     done = turbomoe("run", "-m", chat_model, "Q", "-c", "1024", "--strict")
     assert done.code == cli.ERROR and done.out == ""
-    assert done.err.startswith("a context of 1024 tokens. the model was trained for 512 tokens. use --ctx-size 512")
+    assert done.err.startswith("a context of 1024 tokens. the model was trained for 512 tokens. ask for 512 or fewer.")
 
 
 def with_memory(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 from turbomoe.cli.options import add_common, add_engine, add_model, engine_settings
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from turbomoe.insight.divergence import Divergence
     from turbomoe.models.base import LoadedModel
 
+TOKENS = 2048
 _SPEC = re.compile(r"([a-z0-9_]+)(?:/([a-z0-9_]+))?(?:@(\d{1,7})\+(\d{1,7}))?(-means)?")
 SPEC_HELP = "K[/V][@SINK+RECENT][-means], as in tq3, tq3/tq2, tq4@128+1024 or tq3@0+0-means; repeatable"
 
@@ -31,7 +33,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser("eval", help="measure what a KV setting costs in fidelity", description=text)
     add_model(parser)
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to judge on (default: chapters of Moby-Dick)")
-    parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="use the first N tokens (default 2048)")
+    most = f"use the first N tokens (default {TOKENS}, or the model's own limit if that is less)"
+    parser.add_argument("--tokens", type=int, metavar="N", help=most)
     parser.add_argument(
         "--kv", action="append", metavar="SPEC", help=f"a setting to judge instead of -ctk/-ctv: {SPEC_HELP}"
     )
@@ -47,12 +50,14 @@ def main(args: argparse.Namespace) -> int:
     _check(args)
     text, name = (read_text(args.text), args.text) if args.text else (judgement_text(), NAME)
     judged = judged_settings(args)
-    args.ctx_size = args.tokens
+    args.ctx_size = args.tokens or TOKENS
     from turbomoe.cli.loading import Bar, load, means
     from turbomoe.insight.divergence import compare, comparison_use
 
-    model, _ = load(args, lambda forecast, settings: comparison_use(forecast, settings, judged))
-    ids = tokens_of(model, text, name, args.tokens)
+    model, settings = load(args, partial(comparison_use, judged=judged), asked=args.tokens is not None)
+    ids = tokens_of(model, text, name, settings.ctx_size)
+    if args.tokens is not None and len(ids) < args.tokens:
+        board.post(Notice(f"{len(ids)} tokens are judged, not {args.tokens}", f"{name} has no more", expected=True))
     for kv in judged:
         means(model, kv)
     with Bar("judging", unit="token") as bar:
@@ -66,7 +71,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.tokens < 2:
+    if args.tokens is not None and args.tokens < 2:
         raise SettingsError("--tokens must be at least 2")
     if args.ctx_size is not None or args.parallel != 1:
         raise SettingsError("eval has no use for --ctx-size and --parallel", fix="Say --tokens N for a longer context")
@@ -83,7 +88,7 @@ def judged_settings(args: argparse.Namespace) -> list[KVSettings]:
 
 
 def tokens_of(model: LoadedModel, text: str, name: str, limit: int) -> list[int]:
-    """The first ``limit`` tokens of ``text``; a note when it has fewer, an error when that is not enough."""
+    """The first ``limit`` tokens of ``text``, or all that it has; an error when those are not two."""
     from turbomoe.upstream.prompts import encode_text
 
     if model.tokenizer is None:
@@ -91,8 +96,6 @@ def tokens_of(model: LoadedModel, text: str, name: str, limit: int) -> list[int]
     ids = encode_text(model.tokenizer, text)[:limit]
     if len(ids) < 2:
         raise RequestError(f"{name} is too short to judge on", fix="Give at least two tokens of text")
-    if len(ids) < limit:
-        board.post(Notice(f"{len(ids)} tokens are judged, not {limit}", f"{name} has no more", expected=True))
     return ids
 
 

@@ -48,12 +48,15 @@ class Bar(AbstractContextManager["Bar"]):
             self._bar.close()
 
 
-def load(args: argparse.Namespace, use: Use | None = None) -> tuple[LoadedModel, EngineSettings]:
+def load(
+    args: argparse.Namespace, use: Use | None = None, asked: bool | None = None
+) -> tuple[LoadedModel, EngineSettings]:
     """Resolve, check and load the model that ``args`` name; the memory table goes to standard error first.
 
-    ``use`` tells what the verb will take; by default one engine's memory. The settings come back with the size of
-    context that was settled on.
+    ``use`` tells what the verb will take; by default one engine's memory. ``asked`` tells whether the size of
+    context is the user's wish; by default whether there was a -c. The settings come back with the size settled on.
     """
+    wished = args.ctx_size is not None if asked is None else asked
     settings = engine_settings(args)
     quiet_transformers()
     import torch
@@ -68,7 +71,7 @@ def load(args: argparse.Namespace, use: Use | None = None) -> tuple[LoadedModel,
 
     def before(forecast: Forecast) -> None:
         nonlocal settled
-        settled = announce(forecast, settings, asked=args.ctx_size is not None, use=use)
+        settled = announce(forecast, settings, asked=wished, use=use)
 
     with Bar("loading") as bar:
         model = load_model(path, settings, bar, before=before)

@@ -29,7 +29,7 @@ def settle_context(forecast: Forecast, settings: EngineSettings, *, asked: bool,
     if not asked:
         return replace(settings, ctx_size=trained)
     what, why = f"a context of {settings.ctx_size} tokens", f"the model was trained for {trained} tokens"
-    board.post(Notice(what, why, "answers may degrade beyond them", f"use --ctx-size {trained} or less"))
+    board.post(Notice(what, why, "answers may degrade beyond them", f"ask for {trained} or fewer"))
     return settings
 
 

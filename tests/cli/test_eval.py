@@ -1,0 +1,130 @@
+"""``turbomoe eval``: the table, the JSON, what may be judged and on what text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.tiny_chat import CONTEXT, Turbomoe, write_chat_model
+from turbomoe.cli import main as cli
+from turbomoe.cli.eval import SPEC_HELP, parse_spec
+from turbomoe.config import KVSettings
+from turbomoe.errors import SettingsError
+
+FIELDS = [
+    "label", "tokens", "perplexity", "mean_kl", "median_kl", "kl_99_9", "same_top", "bits_per_value", "kv_bytes",
+]  # fmt: skip
+SPECS = {
+    "tq3": KVSettings("tq3", "tq3"),
+    "tq4/tq3": KVSettings("tq4", "tq3"),
+    "turbo3": KVSettings("tq3", "tq3"),
+    "bf16/q8_0": KVSettings("bf16", "q8_0"),
+    "tq4@128+1024": KVSettings("tq4", "tq4", 128, 1024),
+    "tq3@0+0-means": KVSettings("tq3", "tq3", 0, 0, means=False),
+    "tq3/tq2-means": KVSettings("tq3", "tq2", means=False),
+}
+
+
+@pytest.mark.parametrize(("spec", "settings"), SPECS.items())
+def test_a_setting_in_short(spec: str, settings: KVSettings) -> None:
+    assert parse_spec(spec) == settings
+
+
+@pytest.mark.parametrize(
+    "spec", ["", "tq3/", "/tq3", "tq3@", "tq3@1", "tq3@1+", "tq3 ", "tq3@-1+2", "tq3-mean", "a/b/c"]
+)
+def test_what_is_no_setting_is_told_with_the_form(spec: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        parse_spec(spec)
+    assert SPEC_HELP in str(error.value)
+
+
+def test_windows_beyond_reason_are_refused() -> None:
+    with pytest.raises(SettingsError, match="--kv-sink must be between"):
+        parse_spec("tq3@9999999+0")
+
+
+def test_the_table_is_on_standard_output_and_the_rest_is_not(turbomoe: Turbomoe, chat_model: Path) -> None:
+    done = turbomoe("eval", "-m", chat_model, "--tokens", "100", "--kv", "tq2@0+0", "--kv", "tq4/tq3@8+16")
+    assert done.code == 0, done.err
+    heads, line, *rows = done.out.splitlines()
+    names = [cell.strip() for cell in heads.strip("|").split("|")]
+    assert names == ["KV cache", "bits/value", "perplexity", "mean KL", "median KL", "99.9% KL", "same top"]
+    assert set(line) == set("|- ") and len({len(row) for row in (heads, line, *rows)}) == 1
+    labels = [row.split("|")[1].strip() for row in rows]
+    assert labels == ["bf16 (reference)", "f32 (noise floor)", "tq2 0/0", "K tq4 V tq3 8/16"]
+    assert "tiny llama, 100 tokens of the first chapters of Moby-Dick" in done.err
+
+
+def test_json(turbomoe: Turbomoe, chat_model: Path) -> None:
+    report = turbomoe("eval", "-m", chat_model, "--tokens", "64", "--json", "-ctk", "tq2", "--kv-recent", "8").json
+    assert list(report) == ["model", "text", "results"] and report["model"] == "tiny llama"
+    assert [list(result) for result in report["results"]] == [FIELDS] * 3
+    assert [r["label"] for r in report["results"]][2] == "K tq2 V bf16 64/8"
+    assert all(r["tokens"] == 64 for r in report["results"])
+
+
+def test_a_text_of_one_s_own(turbomoe: Turbomoe, chat_model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("Grüße. " * 3)
+    run = ("eval", "-m", chat_model, "--text", text, "--json", "--strict")
+    done = turbomoe(*run)
+    assert done.json["text"] == str(text) and len(done.json["results"]) == 2
+    count = done.json["results"][0]["tokens"]
+    assert 10 < count < 40 and "note" not in done.err
+    done = turbomoe(*run, "--tokens", "100")
+    assert done.json["results"][0]["tokens"] == count
+    assert f"note: {count} tokens are judged, not 100: {text} has no more." in done.err
+
+
+def test_by_default_as_many_tokens_as_the_model_can_take(turbomoe: Turbomoe, chat_model: Path) -> None:
+    assert turbomoe("eval", "-m", chat_model, "--json", "--strict").json["results"][0]["tokens"] == CONTEXT
+
+
+BAD = {
+    "missing text": (["--text", "/nowhere"], "Cannot read /nowhere. No such file or directory."),
+    "one token": (["--tokens", "1"], "--tokens must be at least 2"),
+    "a setting": (["--kv", "tq3@x"], "'tq3@x' is not a KV setting. Write K[/V]"),
+    "a context": (["-c", "100"], "eval has no use for --ctx-size and --parallel. Say --tokens N"),
+    "two sequences": (["-np", "2"], "eval has no use for --ctx-size and --parallel"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_told_before_anything_is_loaded(turbomoe: Turbomoe, name: str) -> None:
+    flags, message = BAD[name]
+    done = turbomoe("eval", "-m", "/no/model", *flags)
+    assert done.code in (cli.ERROR, cli.USAGE) and done.out == "" and done.err.startswith(message)
+
+
+def test_a_text_that_is_not_utf8(turbomoe: Turbomoe, tmp_path: Path) -> None:
+    (tmp_path / "old.txt").write_bytes(b"Stra\xdfe")
+    done = turbomoe("eval", "-m", "/no/model", "--text", tmp_path / "old.txt")
+    assert done.code == cli.ERROR and "old.txt is not UTF-8 text. Byte 4 is 0xdf" in done.err
+
+
+@pytest.mark.parametrize("spec", ["tq9", "tq3/zip"])
+def test_an_unknown_type_is_told_before_the_weights_are_read(turbomoe: Turbomoe, chat_model: Path, spec: str) -> None:
+    done = turbomoe("eval", "-m", chat_model, "--kv", spec)
+    assert done.code == cli.USAGE and done.out == ""
+    assert spec.split("/")[-1] in done.err and "device" not in done.err
+
+
+def test_an_empty_text(turbomoe: Turbomoe, chat_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    done = turbomoe("eval", "-m", chat_model, "--text", tmp_path / "empty.txt")
+    assert done.code == cli.ERROR and "is too short to judge on. Give at least two tokens" in done.err
+
+
+def test_more_tokens_than_the_model_was_trained_for_is_a_note(turbomoe: Turbomoe, chat_model: Path) -> None:
+    flags = ("eval", "-m", chat_model, "--tokens", "600", "--json")
+    done = turbomoe(*flags)
+    assert done.code == 0 and "note: a context of 600 tokens: the model was trained for 512 tokens" in done.err
+    assert turbomoe(*flags, "--strict").code == cli.ERROR
+
+
+def test_a_file_without_a_tokenizer(turbomoe: Turbomoe, tmp_path: Path) -> None:
+    path = write_chat_model(tmp_path / "bare.gguf", tokenizer=False)
+    done = turbomoe("eval", "-m", path)
+    assert done.code == cli.ERROR and "has no tokenizer and cannot read text" in done.err
