@@ -106,7 +106,7 @@ def test_a_token_outside_the_vocabulary_is_refused(token):
 
 @pytest.mark.parametrize(
     "field,value",
-    [("temperature", -1.0), ("temperature", float("nan")), ("temperature", 1e308), ("top_k", -1), ("top_p", 1.5),
+    [("temperature", -1.0), ("temperature", 1e-40), ("temperature", float("nan")), ("temperature", 1e308), ("top_k", -1), ("top_p", 1.5),
      ("top_p", -0.1), ("min_p", 2.0), ("repetition_penalty", 0.0), ("seed", -1), ("seed", 1 << 63)],
 )  # fmt: skip
 def test_sampling_out_of_range_is_refused_by_name(field, value):
@@ -169,21 +169,115 @@ def test_closing_a_stream_early_cancels():
     assert engine.idle and len(engine.slots) == 1
 
 
-def test_a_failed_pass_loses_its_own_sequence_only():
+def test_a_failed_prefill_ends_its_own_sequence_only():
     engine = engine_for([7], parallel=2)
-    engine.model.shell.fail_at = 2
-    engine.submit(Request((1, 2, 3), max_tokens=4))
-    engine.submit(Request((4, 5), max_tokens=2))
+    engine.model.shell.fail_at = 3  # prefill of the first, its decode, prefill of the second
+    first = engine.submit(Request((1, 2, 3), max_tokens=4))
+    second = engine.submit(Request((4, 5), max_tokens=2))
     engine.step()
-    with pytest.raises(RuntimeError):
-        engine.step()
+    engine.step()
+    (lost,) = engine.step()
+    assert (lost.request_id, lost.finish, str(lost.error)) == (second, Finish.ERROR, "out of memory, say")
     done = []
     while not engine.idle:
         done += engine.step()
-    assert done[-1].finish is not None
+    assert {e.request_id for e in done} == {first} and done[-1].finish is Finish.LENGTH
     assert len(engine.slots) == 2
     engine.runner.memory.check_integrity()
     assert len(tokens_of(run(engine, Request((1, 2, 3), max_tokens=4))[3])) == 4
+
+
+def test_a_failed_decode_batch_tells_each_of_its_sequences():
+    engine = engine_for([7], parallel=2)
+    ids = [engine.submit(Request((1, 2), max_tokens=9)), engine.submit(Request((4, 5), max_tokens=9))]
+    for _ in range(4):
+        engine.step()
+    engine.model.shell.fail_at = len(engine.model.shell.calls) + 1
+    events = engine.step()
+    assert [(e.request_id, e.finish) for e in events] == [(i, Finish.ERROR) for i in ids]
+    assert engine.idle and len(engine.slots) == 2
+
+
+def test_numbers_gone_wrong_end_one_row_and_leave_the_others():
+    engine = engine_for([7], parallel=3)
+    ids = [engine.submit(Request((n, n), max_tokens=6)) for n in (1, 2, 3)]
+    while any(s.prefilling for s in (*engine.waiting, *engine.running)):
+        engine.step()
+    real = engine.runner.forward
+
+    def poisoned(*args):
+        logits = real(*args).clone()
+        logits[1] = float("nan")
+        return logits
+
+    engine.runner.forward = poisoned
+    events = engine.step()
+    engine.runner.forward = real
+    assert [e.finish for e in events] == [None, Finish.ERROR, None]
+    assert "not finite" in str(events[1].error)
+    rest = []
+    while not engine.idle:
+        rest += engine.step()
+    assert {e.request_id for e in rest} == {ids[0], ids[2]}
+    assert len(engine.slots) == 3
+
+
+def test_an_interrupt_leaves_no_sequence_half_fed(monkeypatch):
+    engine = engine_for([7], parallel=2)
+    engine.submit(Request((1, 2), max_tokens=9))
+    engine.step()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.running[0].sampler, "draw", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert engine.idle and len(engine.slots) == 2
+    assert engine.runner.memory.host_lengths == [0, 0]
+
+
+def test_streams_side_by_side_get_their_own_events_and_all_of_them():
+    engine = engine_for([7], parallel=2, ctx=128)
+    long, short = (engine.stream(Request((n,), max_tokens=n)) for n in (20, 3))
+    first = [next(long), next(short)]
+    rest = tokens_of(list(long)), tokens_of(list(short))
+    assert (len(rest[0]), len(rest[1])) == (19, 2)
+    assert all(e.token == 7 for e in first)
+    assert engine.idle and not engine._mail
+
+
+def test_polling_a_request_that_is_gone_is_an_error():
+    engine = engine_for([7])
+    request_id = engine.submit(Request((1,), max_tokens=1))
+    assert engine.poll(request_id)[-1].finish is Finish.LENGTH
+    with pytest.raises(RequestError, match="not running"):
+        engine.poll(request_id)
+
+
+def test_a_stream_raises_what_ended_it():
+    engine = engine_for([7])
+    engine.model.shell.fail_at = 3
+    with pytest.raises(RuntimeError, match="out of memory, say"):
+        list(engine.stream(Request((1, 2), max_tokens=9)))
+    assert engine.idle and len(engine.slots) == 1
+
+
+def test_too_many_waiting_requests_are_refused(monkeypatch):
+    monkeypatch.setattr("turbomoe.engine.engine.MAX_WAITING", 2)
+    engine = engine_for([7])
+    for n in (1, 2):
+        engine.submit(Request((n,)))
+    with pytest.raises(RequestError, match="2 requests are waiting"):
+        engine.submit(Request((3,)))
+
+
+def test_usage_is_kept_for_recent_requests_only(monkeypatch):
+    monkeypatch.setattr("turbomoe.engine.engine.MAX_WAITING", 2)
+    engine = engine_for([7])
+    for n in range(8):
+        run(engine, Request((n,), max_tokens=1))
+    assert list(engine.usage) == [5, 6, 7, 8]
 
 
 @pytest.mark.parametrize("kv", [EXACT, CODES])

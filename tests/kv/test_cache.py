@@ -174,6 +174,24 @@ def test_numbers_gone_wrong_do_not_outlive_their_sequence(type_name):
     assert feed(cache, 0, *tokens(100), [60, 40]).isfinite().all()
 
 
+@pytest.mark.parametrize("type_name", TYPES)
+def test_numbers_gone_wrong_stay_in_their_row_of_a_batch(type_name):
+    cache = KVCache([shape()], KVSettings(type_name, type_name, 8, 16), slots=3, ctx_size=256)
+    for slot, n in ((0, 200), (1, 50), (2, 5)):
+        q, k, v = tokens(n, seed=slot)
+        feed(cache, slot, q, k * float("nan") if slot == 2 else k, v * float("nan") if slot == 2 else v, [n])
+    for _ in range(2):
+        q, k, v = (x.expand(3, -1, -1, -1) for x in tokens(1))
+        bad = torch.tensor([1.0, 1.0, float("nan")])[:, None, None, None]
+        cache.begin([0, 1, 2], 1)
+        out = cache.attend(0, q, k * bad, v * bad, SCALE)
+        cache.commit()
+        assert out[:2].isfinite().all()
+    cache.release(2)
+    cache.begin([0, 1], 1)
+    assert cache.attend(0, q[:2], k[:2], v[:2], SCALE).isfinite().all()
+
+
 def test_a_full_context_is_refused_and_changes_nothing():
     cache = KVCache([shape()], KVSettings("tq3", "tq3", 8, 16), slots=1, ctx_size=64)
     feed(cache, 0, *tokens(60), [60])

@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return USAGE
     board.strict = args.strict
+    # Before torch is imported. Threads that spin while they wait are ruinous when anything else runs (docs/log.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = int(args.main(args))
         sys.stdout.flush()  # here, where a reader that went away can still be answered

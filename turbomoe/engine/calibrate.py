@@ -68,7 +68,7 @@ def _keep(means: KVMeans, path: Path) -> None:
 def calibrate(model: LoadedModel, progress: Progress | None = None) -> KVMeans:
     """Run the model over the calibration text with an exact cache and average its full-attention keys and values."""
     ids = calibration_ids(model)
-    runner = ModelRunner(model, KVSettings("f32", "f32"), slots=1, ctx_size=len(ids))
+    runner = ModelRunner(model, KVSettings("f32", "f32"), slots=1, ctx_size=len(ids), measuring=True)
     sums = MeanAccumulator()
     full = {s.layer for s in model.layers if isinstance(s, AttentionShape) and not s.window}
 
@@ -88,7 +88,7 @@ def calibration_ids(model: LoadedModel) -> list[int]:
     """The built-in text in the model's tokens; evenly spread numbers for a model without a tokenizer."""
     if model.tokenizer is None:
         vocabulary = int(model.config.vocab_size)
-        return [(i * 7919) % vocabulary for i in range(256)]
+        return [(i * 7919) % vocabulary for i in range(min(256, model.context_length))]
     text = (files("turbomoe.kv") / "calibration_text.txt").read_text("utf-8")
     ids: list[int] = model.tokenizer(text)["input_ids"]
-    return ids[:CALIBRATION_TOKENS]
+    return ids[: min(CALIBRATION_TOKENS, model.context_length)]

@@ -104,9 +104,8 @@ class Conversation:
         failed = False
         try:
             while finish is None:
-                for event in self.engine.cancel(turn.request_id) if self._stopped else self.engine.step():
-                    if event.request_id != turn.request_id:
-                        continue
+                stopped, request_id = self._stopped, turn.request_id
+                for event in self.engine.cancel(request_id) if stopped else self.engine.poll(request_id):
                     finish, turn.shown = event.finish, turn.shown + event.text
                     turn.drawn += [] if event.token is None else [event.token]
                     yield event

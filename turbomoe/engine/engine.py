@@ -9,8 +9,8 @@ from itertools import count
 import torch
 
 from turbomoe.config import EngineSettings
-from turbomoe.engine.request import Event, Request, Usage
-from turbomoe.engine.runner import ModelRunner
+from turbomoe.engine.request import Event, Finish, Request, Usage
+from turbomoe.engine.runner import ModelRunner, check_finite
 from turbomoe.engine.sequence import Sequence
 from turbomoe.engine.slots import SlotPool
 from turbomoe.errors import ContextFullError, RequestError
@@ -18,9 +18,15 @@ from turbomoe.experts.base import Phase
 from turbomoe.kv.means import KVMeans
 from turbomoe.models.base import LoadedModel
 
+MAX_WAITING = 4096
+
 
 class Engine:
-    """Runs requests over a fixed number of sequence slots. One thread calls it; nothing here is shared or locked."""
+    """Runs requests over a fixed number of sequence slots. One thread calls it; nothing here is shared or locked.
+
+    Events come out of ``step`` for whoever serves all requests, or out of ``poll`` and ``stream`` for one of them;
+    the two ways do not take each other's events. ``usage`` keeps the counts of the last few thousand requests.
+    """
 
     def __init__(self, model: LoadedModel, settings: EngineSettings, means: KVMeans | None = None) -> None:
         self.model, self.settings = model, settings
@@ -30,6 +36,7 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.usage: dict[int, Usage] = {}
+        self._mail: dict[int, list[Event]] = {}
         self._ids = count(1)
         self._prefilled_last = False
 
@@ -44,35 +51,62 @@ class Engine:
             )
         if not all(0 <= token < vocabulary for token in request.prompt):
             raise RequestError(f"The prompt has a token id outside the vocabulary of {vocabulary}")
+        if len(self.waiting) >= MAX_WAITING:
+            raise RequestError(f"{MAX_WAITING} requests are waiting already", fix="Try again when some have finished")
         sequence = Sequence(next(self._ids), request, self.model.tokenizer)
         self.usage[sequence.request_id] = sequence.usage
+        if len(self.usage) > 2 * MAX_WAITING:
+            del self.usage[next(iter(self.usage))]
         self.waiting.append(sequence)
         return sequence.request_id
 
     def step(self) -> list[Event]:
-        """Admit who fits, run one prefill chunk or one decode batch, draw tokens, and report."""
+        """Admit who fits, run one prefill chunk or one decode batch, draw tokens, and report.
+
+        What goes wrong in a pass ends the sequences it touched with an ``ERROR`` event; the others go on.
+        """
         self._admit()
         batch, ids, phase = self._choose()
         if not batch:
             return []
         try:
-            logits = self.runner.forward([s.slot for s in batch], ids, phase)
+            events = self._run(batch, ids, phase)
+        except Exception as error:
+            events = [Event(s.request_id, finish=Finish.ERROR, error=error) for s in batch]
+            self._abandon(batch)
         except BaseException:
             self._abandon(batch)
             raise
-        for sequence in batch:
-            sequence.fed += ids.shape[1]
-        ready = [(s, row) for s, row in zip(batch, logits[:, -1], strict=True) if not s.prefilling]
-        if phase is Phase.PREFILL and ready and self.model.experts is not None:
-            self.model.experts.end_prompt()
-        events = [s.accept(s.sampler.draw(row, s.ids), self.model.stop_ids, self.ctx_size) for s, row in ready]
         self._retire(events)
+        for event in events:
+            self._mail.get(event.request_id, []).append(event)
         return events
+
+    def poll(self, request_id: int) -> list[Event]:
+        """The events of one request that nobody has polled yet; runs a step if there are none.
+
+        Raises what ended the request in an error, and ``RequestError`` for a request that is not running.
+        """
+        mail = self._mail.setdefault(request_id, [])
+        if not mail and not any(s.request_id == request_id for s in (*self.waiting, *self.running)):
+            del self._mail[request_id]
+            raise RequestError(f"Request {request_id} is not running")
+        if not mail:
+            self.step()
+        self._mail[request_id] = []
+        if any(event.finish is not None for event in mail):
+            del self._mail[request_id]
+        for event in mail:
+            if event.error is not None:
+                raise event.error
+        return mail
 
     def cancel(self, request_id: int) -> list[Event]:
         """Stop a request; its memory stays reusable. Unknown or finished ids give no event."""
+        self._mail.pop(request_id, None)
         found = [s for s in (*self.waiting, *self.running) if s.request_id == request_id]
         events = [s.cancel() for s in found]
+        self._drop_prompts(found)
         self.waiting = deque(s for s in self.waiting if s.request_id != request_id)
         self._retire(events)
         return events
@@ -82,13 +116,11 @@ class Engine:
         request_id, done = self.submit(request), False
         try:
             while not done:
-                for event in self.step():
-                    if event.request_id == request_id:
-                        done = event.finish is not None
-                        yield event
+                for event in self.poll(request_id):
+                    done = event.finish is not None
+                    yield event
         finally:
-            if not done:
-                self.cancel(request_id)
+            self.cancel(request_id)
 
     @property
     def idle(self) -> bool:
@@ -112,6 +144,25 @@ class Engine:
             return [first], torch.tensor([chunk]), Phase.PREFILL
         return decoding, torch.tensor([[s.ids[-1]] for s in decoding]), Phase.DECODE
 
+    def _run(self, batch: list[Sequence], ids: torch.Tensor, phase: Phase) -> list[Event]:
+        logits = self.runner.forward([s.slot for s in batch], ids, phase)[:, -1]
+        for sequence in batch:
+            sequence.fed += ids.shape[1]
+        ready = [(s, row) for s, row in zip(batch, logits, strict=True) if not s.prefilling]
+        if phase is Phase.PREFILL and ready and self.model.experts is not None:
+            self.model.experts.end_prompt()
+        return [self._advance(s, row) for s, row in ready]
+
+    def _advance(self, sequence: Sequence, logits: torch.Tensor) -> Event:
+        """Draw the next token of one sequence; an error here is its own."""
+        try:
+            check_finite(logits, self.model)
+            token = sequence.sampler.draw(logits, sequence.ids)
+            return sequence.accept(token, self.model.stop_ids, self.ctx_size)
+        except Exception as error:
+            self._abandon([sequence])
+            return Event(sequence.request_id, finish=Finish.ERROR, error=error)
+
     def _retire(self, events: list[Event]) -> None:
         """Give back the slots of sequences whose event is the last one."""
         finished = {e.request_id for e in events if e.finish is not None}
@@ -120,7 +171,13 @@ class Engine:
             self.slots.give_back(sequence.slot, sequence.ids[: sequence.fed])
 
     def _abandon(self, batch: list[Sequence]) -> None:
-        """A forward pass failed half-way: the memory of its sequences cannot be trusted any more."""
-        for sequence in batch:
+        """Something failed half-way: the memory of these sequences cannot be trusted any more."""
+        self._drop_prompts(batch)
+        for sequence in [s for s in batch if s in self.running]:
             self.running.remove(sequence)
             self.slots.forget(sequence.slot)
+
+    def _drop_prompts(self, ended: list[Sequence]) -> None:
+        """A prompt that is never finished must not seed the expert cache of the next one."""
+        if self.model.experts is not None and any(s.prefilling for s in ended):
+            self.model.experts.drop_prompt()

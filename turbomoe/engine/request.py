@@ -24,7 +24,8 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _within("temperature", self.temperature, 0.0, 100.0)
+        if self.temperature != 0.0:  # below a thousandth, logits divided by it overflow
+            _within("temperature", self.temperature, 0.001, 100.0)
         _within("top_k", self.top_k, 0, 1 << 24)
         _within("top_p", self.top_p, 0.0, 1.0)
         _within("min_p", self.min_p, 0.0, 1.0)
@@ -70,12 +71,16 @@ class Finish(Enum):
 
 @dataclass(frozen=True)
 class Event:
-    """News of one request. ``text`` is final; ``token`` is None in the last event of a stopped or cancelled one."""
+    """News of one request. ``text`` is final; ``token`` is None in the last event of a stopped or cancelled one.
+
+    ``error`` is what ended it when ``finish`` is ``ERROR``.
+    """
 
     request_id: int
     text: str = ""
     token: int | None = None
     finish: Finish | None = None
+    error: Exception | None = None
 
 
 @dataclass

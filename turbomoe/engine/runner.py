@@ -16,13 +16,24 @@ from turbomoe.models.base import LoadedModel
 NOT_FINITE = "Check the file (a damaged download?), or use --dtype float32"
 
 
+def check_finite(logits: torch.Tensor, model: LoadedModel) -> None:
+    """Raise ``ModelError`` for logits that hold NaN or infinity."""
+    if not logits.isfinite().all():
+        raise ModelError(f"{model.name} computed numbers that are not finite", fix=NOT_FINITE)
+
+
 class ModelRunner:
-    """A loaded model and the memory of ``slots`` sequences of ``ctx_size`` tokens."""
+    """A loaded model and the memory of ``slots`` sequences of ``ctx_size`` tokens.
+
+    ``measuring`` is for passes that serve nobody (calibration, evaluation): the expert cache does not learn from them.
+    """
 
     def __init__(
-        self, model: LoadedModel, kv: KVSettings, *, slots: int, ctx_size: int, means: KVMeans | None = None
-    ) -> None:
+        self, model: LoadedModel, kv: KVSettings, *, slots: int, ctx_size: int, means: KVMeans | None = None,
+        measuring: bool = False,
+    ) -> None:  # fmt: skip
         self.model = model
+        self._experts = None if measuring else model.experts
         device = next((parameter.device for parameter in model.shell.parameters()), torch.device("cpu"))
         self.memory = KVCache(
             model.layers, kv, slots=slots, ctx_size=ctx_size, dtype=model.dtype, device=device, means=means
@@ -37,13 +48,10 @@ class ModelRunner:
         from turbomoe.upstream.forward import forward
 
         self.memory.begin(slots, ids.shape[1])
-        experts = self.model.experts
-        if experts is not None:
-            experts.begin_step(phase)
-        logits = forward(self.model.shell, ids.to(self.memory.device), self.memory, keep).float()
-        if not logits.isfinite().all():
-            raise ModelError(f"{self.model.name} computed numbers that are not finite", fix=NOT_FINITE)
+        if self._experts is not None:
+            self._experts.begin_step(phase)
+        logits = forward(self.model.shell, ids.to(self.memory.device), self.memory, keep)
         self.memory.commit()
-        if experts is not None:
-            experts.end_step()
-        return logits
+        if self._experts is not None:
+            self._experts.end_step()
+        return logits.float()

@@ -39,7 +39,10 @@ class SlotPool:
         return slot, known
 
     def give_back(self, slot: int, ids: Sequence[int]) -> None:
-        """Return a slot whose memory holds exactly ``ids``."""
+        """Return a slot whose memory holds ``ids``; if it does not (a step was interrupted), nothing is kept."""
+        if self.memory.host_lengths[slot] != len(ids):
+            self.forget(slot)
+            return
         self._idle[slot] = list(ids)
 
     def forget(self, slot: int) -> None:

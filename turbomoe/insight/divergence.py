@@ -16,7 +16,7 @@ import torch
 from turbomoe.config import EngineSettings, KVSettings
 from turbomoe.engine.calibrate import means_for, needs_means
 from turbomoe.engine.forecast import kv_bytes, memory_use
-from turbomoe.engine.runner import ModelRunner
+from turbomoe.engine.runner import ModelRunner, check_finite
 from turbomoe.experts.base import Phase
 from turbomoe.hardware.memory import MemoryUse
 from turbomoe.kv.cache import EXACT_TYPES
@@ -112,6 +112,7 @@ def compare(
         reference = None
         for one in arms:
             logits = one.runner.forward([0], chunk, Phase.PREFILL, keep=0)[0]
+            check_finite(logits, model)
             reference = logits.log_softmax(-1) if reference is None else reference
             one.observe(logits, reference, targets)
         if progress is not None:

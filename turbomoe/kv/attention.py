@@ -97,11 +97,16 @@ def _add_codes(
     # A key is its code plus the mean, so the mean's score is one number a query, the same for every coded key.
     offset = 0.0 if keys.mean is None else torch.einsum("bhrd,hd->bhr", q, keys.mean)[..., None]
     limit = (at - keys.recent - keys.sink)[:, None, :, None]
+    stored = (step.starts + step.count - keys.recent - keys.sink)[:, None, None, None]
     for first, last in _tiles(coded):
-        scores = q_codes @ keys.decode(step, first, last).transpose(-1, -2) + offset
         index = torch.arange(first * PAGE_TOKENS, last * PAGE_TOKENS, device=q.device)
+        scores = q_codes @ keys.decode(step, first, last).transpose(-1, -2) + offset
         scores = scores.masked_fill_(index >= limit, float("-inf"))
-        state.add(scores, values.decode(step, first, last), coded=True, rotated=values.rotated)
+        decoded = values.decode(step, first, last)
+        if last * PAGE_TOKENS > step.floor + step.count - keys.recent - keys.sink:
+            # Rows beyond a sequence's end belong to nobody: a weight of 0 would not silence a NaN there.
+            decoded = decoded.masked_fill(index[:, None] >= stored, 0.0)
+        state.add(scores, decoded, coded=True, rotated=values.rotated)
 
 
 def _finish(state: OnlineSoftmax, values: Side) -> torch.Tensor:
