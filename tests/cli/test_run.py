@@ -83,7 +83,7 @@ def test_json_of_a_model_with_experts_tells_about_the_cache(turbomoe: Turbomoe, 
 
 def test_a_limit_is_told_and_a_full_context_is_a_note(turbomoe: Turbomoe, says: Says) -> None:
     says("one two three", "word " * 60, "word " * 60)
-    assert ", cut at --predict]" in turbomoe("run", "-m", says.path, "Count.", *GREEDY, "-n", "2").err
+    assert ", cut at the limit]" in turbomoe("run", "-m", says.path, "Count.", *GREEDY, "-n", "2").err
     done = turbomoe("run", "-m", says.path, "Go on.", *GREEDY, "-c", "48")
     assert "note: the answer was cut: the context of 48 tokens is full. To avoid: use a larger --ctx-size." in done.err
     assert turbomoe("run", "-m", says.path, "Go on.", *GREEDY, "-c", "48", "--strict").code == cli.ERROR
@@ -186,7 +186,7 @@ def test_control_tokens_in_the_prompt_are_text(turbomoe: Turbomoe, chat_model: P
 
 
 BAD_SETTINGS = {
-    "--temp -1": "--temp is out of range: temperature must be between 0.0 and 100.0, not -1.0",
+    "--temp -1": "--temp is out of range: temperature must be between",
     "--temp nan": "--temp is out of range",
     "--top-p 1.5": "--top-p is out of range",
     "--top-k -1": "--top-k is out of range",

@@ -176,8 +176,9 @@ def test_strictly_a_damaged_file_is_an_error(models, state_home: Path, monkeypat
         means_for(model, CODES)
 
 
-def test_the_built_in_text_is_long_enough_and_cut_to_length() -> None:
-    assert len(calibration_ids(scripted_model())) == calibrate.CALIBRATION_TOKENS
+@pytest.mark.parametrize(("context", "count"), [(1 << 17, calibrate.CALIBRATION_TOKENS), (100, 100)])
+def test_the_built_in_text_is_long_enough_and_cut_to_length(context: int, count: int) -> None:
+    assert len(calibration_ids(replace(scripted_model(), context_length=context))) == count
 
 
 def test_a_model_without_a_tokenizer_gets_tokens_of_its_vocabulary(models) -> None:

@@ -153,7 +153,7 @@ def statistics(engine: Engine, usage: Usage, watch: Stopwatch) -> dict[str, Any]
     return figures
 
 
-ENDINGS = {"length": "cut at --predict", "cancelled": "stopped", "context": "the context is full"}
+ENDINGS = {"length": "cut at the limit", "cancelled": "stopped", "context": "the context is full"}
 
 
 def statistics_line(figures: dict[str, Any], finish: str = "") -> str:
