@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from turbomoe.config import KVSettings
-from turbomoe.errors import ContextFullError
+from turbomoe.errors import ContextFullError, IntegrityError
 from turbomoe.kv.cache import KVCache
 from turbomoe.kv.codecs import make_codec
 from turbomoe.kv.hadamard import rotate, unrotate
@@ -216,6 +216,21 @@ def test_peak_extra_memory_of_attention_does_not_grow_with_the_context(monkeypat
     assert sum(x.shape[2] for x in seen) > 4000
 
 
+def test_windows_never_take_more_than_the_context():
+    wide = AttentionShape(1, HEADS, KV_HEADS, DIM, window=1 << 17)
+    cache = KVCache([shape(), wide], KVSettings("tq3", "tq3", 500, 900), slots=1, ctx_size=128)
+    assert [side.ring.shape[2] for pair in cache.attention.values() for side in pair] == [128] * 4
+    assert cache.attention[0][0].sinks.shape[2] == 128
+    q, k, v = tokens(128)
+    want = oracle(q, k, v, KVSettings("tq3", "tq3"), 500, 900, None)
+    torch.testing.assert_close(feed(cache, 0, q, k, v, [100, 28]), want, rtol=2e-5, atol=2e-5)
+
+
+def test_means_that_lack_a_layer_are_refused():
+    with pytest.raises(IntegrityError, match="lack layer 0"):
+        KVCache([shape()], KVSettings("tq3", "tq3"), slots=1, ctx_size=64, means=KVMeans({}, {}, "test"))
+
+
 @pytest.mark.parametrize("type_name,codes", [("tq2", 64 // 4), ("tq3", 64 * 3 // 8), ("tq4", 64 // 2)])
 def test_bytes_are_what_the_arithmetic_says(type_name, codes):
     ctx, sink, recent, slots = 4096, 64, 256, 2
@@ -226,7 +241,7 @@ def test_bytes_are_what_the_arithmetic_says(type_name, codes):
     tables = cache.pages.table.nbytes + cache.lengths.nbytes
     assert cache.nbytes() == coded_bytes + exact_bytes + tables
     values = 2 * KV_HEADS * DIM * ctx * slots
-    assert cache.bits_per_value() == pytest.approx(8 * (coded_bytes + exact_bytes) / values)
+    assert cache.bits_per_value() == pytest.approx(8 * (coded_bytes + exact_bytes + tables) / values)
 
 
 def test_exact_types_allocate_no_windows_and_load_no_transform():

@@ -32,6 +32,8 @@ class ModelRunner:
         self, model: LoadedModel, kv: KVSettings, *, slots: int, ctx_size: int, means: KVMeans | None = None,
         measuring: bool = False,
     ) -> None:  # fmt: skip
+        if means is not None and means.identity != model.identity:
+            raise ModelError("These key and value means were calibrated for another model")
         self.model = model
         self._experts = None if measuring else model.experts
         device = next((parameter.device for parameter in model.shell.parameters()), torch.device("cpu"))
@@ -43,7 +45,8 @@ class ModelRunner:
     def forward(self, slots: Sequence[int], ids: torch.Tensor, phase: Phase, keep: int = 1) -> torch.Tensor:
         """Run ids int64 [len(slots), S]; float logits of the last ``keep`` tokens (0: all) [len(slots), keep, vocab].
 
-        Lengths advance only when the whole pass has succeeded. Raises ``ContextFullError`` before anything changes.
+        Lengths advance only when the whole pass has succeeded. Raises ``ContextFullError`` before any
+        sequence has changed.
         """
         from turbomoe.upstream.forward import forward
 

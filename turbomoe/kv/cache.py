@@ -42,7 +42,7 @@ class KVCache:
     ) -> None:  # fmt: skip
         self.settings, self.ctx_size, self.device = settings, ctx_size, torch.device(device)
         self.shapes = tuple(shapes)
-        self.sink, self.recent = windows(settings)
+        self.sink, self.recent = (min(size, ctx_size) for size in windows(settings))
         per_slot = pages_for(ctx_size - self.sink - self.recent)
         self.pages = PageAllocator(slots, per_slot, self.device)
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=self.device)
@@ -64,7 +64,8 @@ class KVCache:
         def side(type_name: str) -> Side:
             dtype = EXACT_TYPES.get(type_name, torch.bfloat16)
             if shape.window:
-                return Side(shape, None, (0, shape.window - 1), slots, 0, dtype, self.device)
+                ring = min(shape.window - 1, self.ctx_size)
+                return Side(shape, None, (0, ring), slots, 0, dtype, self.device)
             codec = make_codec(type_name, shape.head_dim)
             span = (self.sink, self.recent)
             return Side(shape, codec, span, slots, self.pages.num_pages, dtype, self.device)
@@ -74,7 +75,9 @@ class KVCache:
     def _use_means(self, means: KVMeans) -> None:
         for layer, (keys, values) in self.attention.items():
             for side, table in ((keys, means.keys), (values, means.values)):
-                if side.rotated and layer in table:
+                if side.rotated:
+                    if layer not in table:
+                        raise IntegrityError(f"The means lack layer {layer}")
                     side.mean = table[layer].to(self.device, torch.float32)
 
     def reserve(self, slot: int, length: int) -> None:
@@ -147,11 +150,12 @@ class KVCache:
         return sum(state.nbytes() for state in self.recurrent.values())
 
     def bits_per_value(self) -> float:
-        """Allocated bits over the values of a full cache: the honest rate, windows and padding included."""
+        """Allocated bits over the values of a full cache: codes, scales, padding, windows and page tables."""
         shapes = [s for s in self.shapes if isinstance(s, AttentionShape) and not s.window]
         values = sum(2 * s.kv_heads * s.head_dim for s in shapes) * self.ctx_size * len(self.host_lengths)
         sides = (side for s in shapes for side in self.attention[s.layer])
-        return 8 * sum(side.nbytes() for side in sides) / values if values else 0.0
+        tables = self.pages.table.nbytes + self.lengths.nbytes
+        return 8 * (sum(side.nbytes() for side in sides) + tables) / values if values else 0.0
 
     def check_integrity(self) -> None:
         """Raise ``IntegrityError`` unless pages, tables and both copies of the lengths agree."""
