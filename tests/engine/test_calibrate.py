@@ -88,7 +88,7 @@ def test_once_for_a_model_and_then_from_the_file(models, state_home: Path, passe
     told: list[tuple[int, int]] = []
     assert not is_calibrated(model, CODES)
     first = means_for(model, CODES, lambda done, total: told.append((done, total)))
-    assert passes == [100, 100, 56] and told == [(100, 256), (200, 256), (256, 256)]
+    assert passes == [100, 100, 56] and told == [(0, 256), (100, 256), (200, 256), (256, 256)]
     assert is_calibrated(model, CODES)
     again = means_for(model, KVSettings("tq2", "bf16"))  # one constant per model, whatever the codec
     assert len(passes) == 3

@@ -69,6 +69,7 @@ def calibrate(model: LoadedModel, progress: Progress | None = None) -> KVMeans:
     """Run the model over the calibration text with an exact cache and average its full-attention keys and values."""
     ids = calibration_ids(model)
     runner = ModelRunner(model, KVSettings("f32", "f32"), slots=1, ctx_size=len(ids), measuring=True)
+    report = progress or (lambda done, total: None)
     sums = MeanAccumulator()
     full = {s.layer for s in model.layers if isinstance(s, AttentionShape) and not s.window}
 
@@ -78,9 +79,9 @@ def calibrate(model: LoadedModel, progress: Progress | None = None) -> KVMeans:
 
     runner.memory.observer = observe
     for at in range(0, len(ids), CHUNK):
+        report(at, len(ids))
         runner.forward([0], torch.tensor([ids[at : at + CHUNK]]), Phase.PREFILL)
-        if progress is not None:
-            progress(min(at + CHUNK, len(ids)), len(ids))
+    report(len(ids), len(ids))
     return sums.finish(model.identity)
 
 

@@ -106,8 +106,10 @@ def compare(
 ) -> list[Divergence]:
     """Judge ``settings`` on the tokens ``ids``; the first verdict is the reference, the second the noise floor."""
     arms = _arms(model, len(ids), settings)
+    report = progress or (lambda done, total: None)
     tokens = torch.tensor(ids)
     for at in range(0, len(ids), CHUNK):
+        report(at, len(ids))
         chunk, targets = tokens[None, at : at + CHUNK], tokens[at + 1 : at + 1 + CHUNK]
         reference = None
         for one in arms:
@@ -115,8 +117,7 @@ def compare(
             check_finite(logits, model)
             reference = logits.log_softmax(-1) if reference is None else reference
             one.observe(logits, reference, targets)
-        if progress is not None:
-            progress(min(at + CHUNK, len(ids)), len(ids))
+    report(len(ids), len(ids))
     return [one.verdict() for one in arms]
 
 
