@@ -65,6 +65,10 @@ def dummy_output(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prompt_toolkit.output.create_output", lambda **_: DummyOutput())
 
 
+def test_a_line_that_was_begun_has_a_sign_and_one_that_wrapped_has_none() -> None:
+    assert [prompts._continuation(2, line, wraps) for line, wraps in ((1, 0), (1, 1), (2, 0))] == [". ", "", ". "]
+
+
 ALT_ENTER, UP = "\x1b\r", "\x1b[A"
 
 

@@ -84,7 +84,12 @@ def terminal_session() -> PromptSession[str]:
     from prompt_toolkit.output import create_output
 
     output = create_output(always_prefer_tty=True)
-    return PromptSession(history=_history(), key_bindings=_keys(), prompt_continuation=". ", output=output)
+    return PromptSession(history=_history(), key_bindings=_keys(), prompt_continuation=_continuation, output=output)
+
+
+def _continuation(width: int, line: int, wraps: int) -> str:
+    """What stands before a further line: a sign for one that was begun, nothing for one that only wrapped."""
+    return "" if wraps else ". "
 
 
 def _keys() -> KeyBindings:
