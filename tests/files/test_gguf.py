@@ -8,6 +8,7 @@ import math
 import struct
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,30 @@ def test_every_metadata_type_of_the_oracle_is_read_back(tmp_path: Path) -> None:
     finish(writer)
     found = GgufFile.open(tmp_path / "m.gguf").metadata
     assert found == wanted
-    assert [type(found[key]) for key in wanted] == [type(value) for value in wanted.values()]
+    plain = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in found.items()}
+    assert repr(plain) == repr({key: wanted[key] for key in plain})  # types too: True is not 1
+
+
+def test_arrays_behave_like_lists(tmp_path: Path) -> None:
+    arrays: dict[int, list[Any]] = {
+        build.U16: list(range(300)), build.I64: [-(1 << 63), 5, 7], build.F32: [0.5, -2.0, math.inf],
+        build.BOOL: [True, False, True], build.STRING: ["a", "", "Grüße", "🦙"], build.U8: [],
+    }  # fmt: skip
+    keys = tuple(build.key(f"k{kind}", build.ARRAY, (kind, values)) for kind, values in arrays.items())
+    found = GgufFile.open(Gguf(keys).write(tmp_path / "m.gguf")).metadata
+    for kind, wanted in arrays.items():
+        mine = found[f"k{kind}"]
+        assert isinstance(mine, Sequence) and len(mine) == len(wanted) and bool(mine) == bool(wanted)
+        assert mine == wanted and wanted == mine
+        assert mine != [*wanted, 0] and mine != [*wanted[1:], 3] and mine != "abc" and mine != 3
+        assert repr(list(mine)) == repr(mine.tolist()) == repr(wanted)
+        for cut in (slice(1, 3), slice(None, None, -1), slice(-2, None), slice(5, 5)):
+            assert mine[cut] == wanted[cut]
+        assert [mine[at] for at in range(-len(mine), len(mine))] == [*wanted, *wanted]
+        for beyond in (len(mine), -len(mine) - 1):
+            with pytest.raises(IndexError):
+                mine[beyond]
+        assert (repr(mine) == repr(wanted)) == (len(wanted) < 17) and len(repr(mine)) < 120
 
 
 def values_of(kind: int) -> st.SearchStrategy[Any]:

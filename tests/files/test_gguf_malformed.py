@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from tests.files import gguf_builder as build
 from tests.files.gguf_builder import ARRAY, BOOL, F32, I32, STRING, U8, U16, U32, U64, Gguf, Sample, Tensor, key, number
 from turbomoe.errors import ModelFileError
 from turbomoe.files.gguf import GgufFile
+from turbomoe.files.gguf_cursor import STRINGS_LIMIT, TEXT_LIMIT
+from turbomoe.files.gguf_header import KEYS_LIMIT, TENSORS_LIMIT
 
 SAMPLE = Sample().gguf
 
@@ -145,6 +148,34 @@ ARRAY_CASES = [
          r"metadata 'a'\[0\]", f"a count of {1 << 60} array elements"),
 ]  # fmt: skip
 
+
+def empty_strings(count: int) -> bytes:
+    return number(U32, STRING) + number(U64, count) + bytes(8 * count)
+
+
+EMPTY_ARRAY = number(U32, U8) + number(U64, 0)
+TINY_KEYS = tuple(key(f"{index}", U8, 1) for index in range(KEYS_LIMIT + 1))
+TINY_TENSORS = tuple(floats(f"{index}") for index in range(TENSORS_LIMIT + 1))
+
+# Each cost minutes or gigabytes for every hundred megabytes of its header before there were limits.
+COSTLY_CASES = [
+    Case("a million arrays in an array", Gguf((key("a", ARRAY, nested(1)[:4] + number(U64, 1 << 20)
+         + EMPTY_ARRAY * (1 << 20)),)), "metadata 'a'", "1048576 arrays within arrays; at most 4096"),
+    Case("arrays in two arrays", Gguf(tuple(key(name, ARRAY, nested(1)[:4] + number(U64, 2049) + EMPTY_ARRAY * 2049)
+         for name in "ab")), "metadata 'b'", "4098 arrays within arrays"),
+    Case("a string too many", Gguf((key("a", ARRAY, empty_strings(STRINGS_LIMIT + 1)),)),
+         "metadata 'a'", f"{STRINGS_LIMIT + 1} strings in arrays; at most {STRINGS_LIMIT}"),
+    Case("strings in two arrays", with_key(*(key(name, ARRAY, empty_strings(STRINGS_LIMIT // 2 + 1)) for name in "ab")),
+         "metadata 'b'", "strings in arrays"),
+    Case("a bad bool among millions", with_key(key("a", ARRAY, number(U32, BOOL) + number(U64, 20 << 20)
+         + bytes(20 << 20)[1:] + b"\7")), "metadata 'a'", "not 7"),
+    Case("a text too long", with_key(key("a", STRING, "x" * TEXT_LIMIT)), "metadata 'a'", "bytes of names and strings"),
+    Case("texts too long", with_key(*(key(f"{index}", STRING, "x" * (TEXT_LIMIT // 10)) for index in range(10))),
+         "metadata '9'", "bytes of names and strings"),
+    Case("more keys than allowed", Gguf(TINY_KEYS), "metadata count", f"{KEYS_LIMIT + 1} metadata keys; at most"),
+    Case("more tensors than allowed", Gguf(tensors=TINY_TENSORS), "tensor count", f"{TENSORS_LIMIT + 1} tensors; at"),
+]  # fmt: skip
+
 ALIGNMENT_CASES = [
     Case(f"alignment {value!r} of type {kind}", aligned_to(kind, value), "metadata 'general.alignment'", reason)
     for kind, value, reason in [
@@ -187,7 +218,7 @@ TENSOR_CASES = [
     Case("table missing", Gguf(SAMPLE.keys, tensor_count=3).build(), "tensor name", "needs|a name of 0 bytes"),
 ]
 
-CASES = HEADER_CASES + KEY_CASES + ARRAY_CASES + ALIGNMENT_CASES + TENSOR_CASES
+CASES = HEADER_CASES + KEY_CASES + ARRAY_CASES + COSTLY_CASES + ALIGNMENT_CASES + TENSOR_CASES
 
 
 def refusal(path: Path) -> ModelFileError:
@@ -230,8 +261,48 @@ def test_a_header_has_a_limit(tmp_path: Path) -> None:
     os.truncate(path, 300 << 20)
     tracemalloc.start()
     try:
-        assert "past the 128 MiB a header may take" in refusal(path).reason
+        assert "past the 64 MiB a header may take" in refusal(path).reason
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def most(*keys: bytes, tensors: tuple[Tensor, ...] = ()) -> bytes:
+    return Gguf(keys, tensors).build()
+
+
+# All that the limits allow: numbers as far as the header goes, and the most of what takes memory beyond its bytes.
+DEAREST = {
+    "small numbers": lambda: most(key("a", ARRAY, number(U32, U8) + number(U64, 60 << 20) + bytes(60 << 20))),
+    "truth values": lambda: most(key("a", ARRAY, number(U32, BOOL) + number(U64, 60 << 20) + bytes(60 << 20))),
+    "large numbers": lambda: most(key("a", ARRAY, number(U32, U64) + number(U64, 7 << 20) + bytes(56 << 20))),
+    "a bit of everything": lambda: most(
+        key("s", ARRAY, empty_strings(STRINGS_LIMIT)),
+        key("t", STRING, "\U0001f600" + "x" * (TEXT_LIMIT - (192 << 10))),  # four bytes a character
+        key("n", ARRAY, nested(1)[:4] + number(U64, 4096) + EMPTY_ARRAY * 4096),
+        key("b", ARRAY, number(U32, BOOL) + number(U64, 40 << 20) + bytes(40 << 20)),
+        *TINY_KEYS[: KEYS_LIMIT - 4],
+        tensors=TINY_TENSORS[:TENSORS_LIMIT],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DEAREST)
+def test_no_header_takes_more_than_64_mib_or_a_second(what: str, tmp_path: Path) -> None:
+    """The best processor time of three: that of a person's wait on a quiet machine."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(DEAREST[what]())
+    seconds = []
+    for _ in range(3):
+        start = time.process_time()
+        GgufFile.open(path)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 1
+    tracemalloc.start()
+    try:
+        file = GgufFile.open(path)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+        assert len(file.metadata) in (1, KEYS_LIMIT)
     finally:
         tracemalloc.stop()
 
@@ -343,6 +414,19 @@ def test_members_must_agree(second: Gguf, at: int, field: str, reason: str, tmp_
     error = refusal(paths[0])
     assert (error.path, error.field) == (str(paths[at]), field)
     assert re.search(reason, error.reason)
+
+
+@pytest.mark.parametrize("last", [5.0, 7.0, float("nan")])
+@pytest.mark.parametrize("wanted", [5.0, float("nan")])
+def test_members_must_agree_to_the_last_element(last: float, wanted: float, tmp_path: Path) -> None:
+    paths = [tmp_path / "m-00001-of-00002.gguf", tmp_path / "m-00002-of-00002.gguf"]
+    for index, (path, value) in enumerate(zip(paths, (wanted, last), strict=True)):
+        made = shard(index, 2, 2, f"t{index}")
+        made.but(keys=(*made.keys, key("floats", ARRAY, (F32, [0.0] * 1000 + [value])))).write(path)
+    if repr(wanted) == repr(last):
+        assert len(GgufFile.open(paths[0]).tensors) == 2
+        return
+    assert refusal(paths[0]).field == "floats"
 
 
 def test_a_series_of_65535_stops_at_the_first_missing_file(tmp_path: Path) -> None:

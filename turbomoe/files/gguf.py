@@ -35,9 +35,9 @@ class _Place:
 class GgufFile(ModelSource):
     """A GGUF file or split series. See ``ModelSource`` for the contract; ``paths`` lists its files in order.
 
-    ``metadata`` holds the key-values of the first file as int, float, bool, str and lists of them; text that is not
-    UTF-8 has lone surrogates (``surrogateescape``). The files must not shrink while they are open: reading a mapped
-    page that is gone ends the process.
+    ``metadata`` holds the key-values of the first file as int, float, bool, str and sequences of them, which read the
+    file when asked; text that is not UTF-8 has lone surrogates (``surrogateescape``). The files must not shrink while
+    they are open: reading a mapped page that is gone ends the process.
     """
 
     kind = "gguf"
@@ -106,7 +106,7 @@ def _identity(shards: list[Shard]) -> str:
     digest = hashlib.sha256()
     for shard in shards:
         digest.update(len(shard.data).to_bytes(8, "little"))
-        digest.update(shard.data[: shard.header.data_start])
+        digest.update(memoryview(shard.data)[: shard.header.data_start])  # in place: a slice would copy a header
         for at in sample_offsets(shard.header.data_start, len(shard.data)):
             digest.update(shard.data[at : at + SAMPLE_BYTES])
     return digest.hexdigest()

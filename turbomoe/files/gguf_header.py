@@ -22,6 +22,8 @@ VERSIONS = (2, 3)
 ALIGNMENT_KEY = "general.alignment"
 DEFAULT_ALIGNMENT, ALIGNMENT_LIMIT = 32, 1 << 24
 KEY_LIMIT, TENSOR_NAME_LIMIT, DIMENSIONS_LIMIT = 65535, 64, 4
+# Real files have some fifty keys and, with the experts of a layer in one tensor, a thousand tensors.
+KEYS_LIMIT, TENSORS_LIMIT = 1 << 12, 1 << 14
 
 # Least bytes: a key (length, one character, type, one byte); a tensor (length, one character, one axis, type, offset).
 KEY_BYTES, TENSOR_BYTES = 14, 33
@@ -63,6 +65,8 @@ def read_header(path: str | PathLike[str], data: mmap.mmap | bytes) -> Header:
     _check_start(cursor)
     tensor_count = cursor.count(TENSOR_BYTES, "tensors", "tensor count")
     key_count = cursor.count(KEY_BYTES, "metadata keys", "metadata count")
+    cursor.limit(tensor_count, TENSORS_LIMIT, "tensors", "tensor count")
+    cursor.limit(key_count, KEYS_LIMIT, "metadata keys", "metadata count")
     metadata = _read_metadata(cursor, key_count)
     alignment = metadata.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT)
     table = [_read_entry(cursor, alignment) for _ in range(tensor_count)]

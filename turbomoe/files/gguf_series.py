@@ -10,6 +10,7 @@ import mmap
 import os
 import re
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -77,6 +78,8 @@ def _check_member(shard: Shard, first: Shard, number: int, count: int) -> None:
 
 
 def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Sequence) and not isinstance(one, str):
+        return bool(one == other)  # not by repr, which shows only the first elements
     return repr(one) == repr(other)  # not ==, because a not-a-number differs from itself
 
 
