@@ -93,7 +93,8 @@ HEAD = """\
 # What the KV codes cost in fidelity
 
 Printed by `python benchmarks/kv_quality.py write`; each table was measured by `python benchmarks/kv_quality.py measure`
-on the model named above it. To judge your own model and text: `turbomoe eval -m MODEL --text FILE --kv tq3 --kv tq3/tq2`.
+on the model named above it. To judge your own model and text:
+`turbomoe eval -m MODEL --text FILE --kv tq3 --kv tq3/tq2`.
 
 - A setting is `keys/values sinks/recent`: the first and the last tokens are kept exact, everything between is stored in
   codes. `tq3` is 3-bit TurboQuant (Lloyd-Max levels after a random Hadamard rotation, one matched scale a vector).

@@ -19,7 +19,7 @@ def test_a_notice_says_what_why_cost_and_cure_once(capsys):
 def test_strict_turns_it_into_an_error():
     board = NoticeBoard()
     board.strict = True
-    with pytest.raises(StrictError, match="a slow path. the fast one is missing. install it."):
+    with pytest.raises(StrictError, match=r"a slow path\. the fast one is missing\. install it\."):
         board.post(SLOW)
 
 

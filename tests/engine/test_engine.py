@@ -106,7 +106,8 @@ def test_a_token_outside_the_vocabulary_is_refused(token):
 
 @pytest.mark.parametrize(
     "field,value",
-    [("temperature", -1.0), ("temperature", 1e-40), ("temperature", float("nan")), ("temperature", 1e308), ("top_k", -1), ("top_p", 1.5),
+    [("temperature", -1.0), ("temperature", 1e-40), ("temperature", float("nan")), ("temperature", 1e308),
+     ("top_k", -1), ("top_p", 1.5),
      ("top_p", -0.1), ("min_p", 2.0), ("repetition_penalty", 0.0), ("seed", -1), ("seed", 1 << 63)],
 )  # fmt: skip
 def test_sampling_out_of_range_is_refused_by_name(field, value):

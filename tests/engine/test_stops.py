@@ -1,5 +1,7 @@
 """Stop strings: whatever the pieces, the text before the first stop comes out, whole and once."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,7 +12,7 @@ LETTERS = st.text("ab|", min_size=1, max_size=4)
 
 def split(text: str, cuts: list[int]) -> list[str]:
     edges = sorted({0, len(text), *(c % (len(text) + 1) for c in cuts)})
-    return [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(edges)]
 
 
 @given(st.text("ab|", max_size=30), st.lists(LETTERS, max_size=3), st.lists(st.integers(0, 30), max_size=8))

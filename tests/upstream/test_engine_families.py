@@ -1,6 +1,6 @@
 """Every family through the engine, against transformers' own ``generate`` and its own logits."""
 
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ EXACT = KVSettings("f32", "f32")
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    @lru_cache(maxsize=None)
+    @cache
     def pair(family):
         original = tiny_model(family)
         path = write_gguf(original, tmp_path_factory.mktemp(family) / "model.gguf")
