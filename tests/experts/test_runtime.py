@@ -237,6 +237,21 @@ def test_the_end_of_the_first_prompt_fills_the_cache() -> None:
     assert decode["hits"] + decode["misses"] == K * len(LAYERS) and decode["hits"] > 0
 
 
+def test_a_prompt_that_was_given_up_seeds_nothing() -> None:
+    on, control = runtime(), runtime()
+    forward(on, 40, 3, Phase.PREFILL)
+    on.drop_prompt()
+    for each in (on, control):
+        forward(each, 5, 4, Phase.PREFILL)
+        each.end_prompt()
+    assert on.cache and control.cache
+    assert np.array_equal(on.cache.policy.scores, control.cache.policy.scores) and on.cache.policy.scores.any()
+    assert on.cache.policy.sightings.sum() == 5 * K * len(LAYERS)
+    on.drop_prompt()  # nothing is under way
+    assert np.array_equal(on.cache.policy.scores, control.cache.policy.scores)
+    OFF_RUNTIME.drop_prompt()
+
+
 def test_counters_count_pairs_per_layer_and_phase() -> None:
     on = runtime(policy="frozen")  # experts 0..7 of every layer
     assert on.cache
@@ -269,6 +284,92 @@ def test_a_step_that_broke_off_is_forgotten_by_the_next() -> None:
     forward(on, 1, 2)
     assert on.cache and on.cache.counters.misses.sum() == K * len(LAYERS)
     assert not on.cache.slots.pins.any()
+
+
+@pytest.mark.parametrize("where", ["pin", "located", "blob", "unpin"])
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("phase", [Phase.DECODE, None])
+def test_an_interrupt_within_expert_work_blocks_nothing_after_it(
+    where: str, failure: type[BaseException], phase: Phase | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on = runtime()
+    assert on.cache
+    forward(on, 40, 0, Phase.PREFILL)
+    on.end_prompt()
+    forward(on, 1, 1)
+
+    def fail(*_: object) -> None:
+        raise failure
+
+    with monkeypatch.context() as patch:
+        slots = on.cache.slots
+        unpin = slots.unpin
+        patch.setattr(slots, where, fail if where != "unpin" else lambda *args: (unpin(*args), fail()))
+        with pytest.raises(failure):
+            forward(on, 8, 2, phase)
+    assert not on.cache.slots.pins.any()
+    for seed in range(3, 6):
+        assert torch.equal(forward(on, 2, seed), forward(OFF_RUNTIME, 2, seed))
+    on.check_integrity(compare_bytes=True)
+
+
+def test_what_is_computed_is_pinned_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = runtime()
+    assert on.cache
+    slots, seen = on.cache.slots, []
+    located = slots.located
+
+    def watched(layer: int) -> list[int]:
+        seen.append(np.flatnonzero(slots.pins[STORE.positions[layer]]).tolist())
+        return located(layer)
+
+    monkeypatch.setattr(slots, "located", watched)
+    hidden, ids, weights = random_work(3, E, K, H, 1)
+    on.run(2, hidden, ids, weights)
+    assert seen == [sorted(set(ids.reshape(-1).tolist()))]
+    assert not slots.pins.any()
+
+
+# -- outputs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_decode_step_writes_to_the_same_place_for_the_same_rows(inference: bool) -> None:
+    on, places = ExpertRuntime(STORE, ExpertSettings(), "cpu", K), {}
+    for rows in (3, 1, 4, 2, 7, 64, 3, 1, 4, 2, 7):
+        on.begin_step(Phase.DECODE)
+        with torch.inference_mode(inference):
+            for layer in LAYERS:
+                out = on.run(layer, *random_work(rows, E, K, H, rows))
+                assert out.shape == (rows, H) and out.is_contiguous() and not out.is_inference()
+                assert places.setdefault((layer, rows), out.data_ptr()) == out.data_ptr()
+        on.end_step()
+    assert len({places[layer, 4] for layer in LAYERS}) == len(LAYERS)
+    assert on.nbytes["cpu"] - STORE.nbytes - 64 * K * H * 4 == len(LAYERS) * (1 + 2 + 4 + 8 + 64) * H * 4
+
+
+def test_an_output_lasts_until_its_layer_runs_again_and_may_be_written_to() -> None:
+    on = ExpertRuntime(STORE, ExpertSettings(), "cpu", K)
+    on.begin_step(Phase.DECODE)
+    work = {layer: random_work(2, E, K, H, layer) for layer in LAYERS}
+    held = {layer: on.run(layer, *work[layer]) for layer in LAYERS}
+    for layer in LAYERS:
+        assert torch.equal(held[layer], OFF_RUNTIME.run(layer, *work[layer]))
+        held[layer] += 1
+    assert torch.equal(on.run(0, *work[0]), OFF_RUNTIME.run(0, *work[0]))
+    on.end_step()
+
+
+@pytest.mark.parametrize("phase", [Phase.PREFILL, None])
+def test_outside_decode_steps_outputs_are_fresh(phase: Phase | None) -> None:
+    on = ExpertRuntime(STORE, ExpertSettings(), "cpu", K)
+    forward(on, 2, 0, Phase.DECODE)
+    before = on.nbytes["cpu"]
+    if phase:
+        on.begin_step(phase)
+    one, other = (on.run(0, *random_work(2, E, K, H, seed)) for seed in (1, 2))
+    assert one.data_ptr() != other.data_ptr() and not torch.equal(one, other)
+    assert on.nbytes["cpu"] == before
 
 
 def test_steps_must_begin_and_end() -> None:
@@ -363,7 +464,8 @@ def test_facts_are_json_and_bytes_are_whole() -> None:
     assert facts["cache"]["slots_per_layer"] == [8] * 4 and facts["layers"] == 4
     routing = len(LAYERS) * 2 * K * 4
     terms = 2 * K * H * 4
-    assert facts["bytes"] == {"cpu": STORE.nbytes + terms + on.cache.slots.nbytes + routing}
+    outputs = len(LAYERS) * 2 * H * 4
+    assert facts["bytes"] == {"cpu": STORE.nbytes + terms + outputs + on.cache.slots.nbytes + routing}
     assert on.cache.slots.nbytes == 8 * COLUMN + len(LAYERS) * E * 4
 
 

@@ -50,7 +50,7 @@ class ExpertWork:
     """One layer's routed rows. Owned by the caller; the executor writes only ``out``.
 
     hidden  float [rows, hidden]; ids int64 [rows, k]; weights float [rows, k] (final, normalised);
-    out     float [rows, hidden], preallocated, overwritten whole.
+    out     float [rows, hidden], preallocated, overwritten whole; valid until the same layer runs again.
     """
 
     layer: int
@@ -67,6 +67,9 @@ class ExpertExecutor(ABC):
     ``submit`` may start work and must not wait for the device; ``wait`` returns when ``work.out`` is usable by
     the next kernel on the caller's stream. At most one submission is in flight per executor. The sum runs over
     k in routing order, so placement alone never changes which terms are added in which order.
+
+    The reference executor is for the host and exempt from not waiting: it reads ids and slots there, and so waits for
+    the device in ``submit`` when the rows lie on one. It proves results; a serving path on a GPU needs another.
     """
 
     @abstractmethod
@@ -76,3 +79,7 @@ class ExpertExecutor(ABC):
     @abstractmethod
     def wait(self) -> None:
         """Finish the submitted work."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget a submission that broke off, and protect its experts no longer. Does nothing when none has."""

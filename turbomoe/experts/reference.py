@@ -72,30 +72,41 @@ class ReferenceExecutor(ExpertExecutor):
             raise IntegrityError("Expert work was submitted before the previous work was waited for")
         layout = self._store.layout(work.layer)
         _check(work, layout)
+        groups = list(group_by_expert(work.ids))
+        self._busy = True
+        self._pin(work.layer, [expert for expert, _ in groups])
+        self._compute(work, layout, groups)
+
+    def wait(self) -> None:
+        """Nothing is left to do: ``submit`` has computed it."""
+        if not self._busy:
+            raise IntegrityError("Expert work was waited for before it was submitted")
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget a submission that broke off, and protect its experts no longer."""
+        self._busy = False
+        pinned, self._pinned = self._pinned, None
+        if self._slots is not None and pinned is not None:
+            self._slots.unpin(*pinned)
+
+    def _pin(self, layer: int, experts: list[int]) -> None:
+        if self._slots is not None:
+            self._slots.pin(layer, experts)
+            self._pinned = layer, experts
+
+    def _compute(self, work: ExpertWork, layout: ExpertLayout, groups: list[tuple[int, torch.Tensor]]) -> None:
         rows, k = work.ids.shape
         terms = self._workspace(rows * k, layout.hidden, work.hidden.device)
         hidden = work.hidden.float()
         scale = work.weights.reshape(-1, 1).float()
         slot_of = self._slots.located(work.layer) if self._slots is not None else None
-        groups = list(group_by_expert(work.ids))
         for expert, where in groups:
             where = where.to(hidden.device)
             blob = self._blob(work.layer, expert, slot_of)
             result = expert_forward(layout, blob, hidden[where // k].to(blob.device))
             terms[where] = result.to(hidden.device) * scale[where]
         _sum_in_order(terms.view(rows, k, layout.hidden), work.out)
-        self._busy = True
-        if self._slots is not None:
-            self._pinned = work.layer, [expert for expert, _ in groups]
-            self._slots.pin(*self._pinned)
-
-    def wait(self) -> None:
-        """Nothing is left to do: ``submit`` has computed it."""
-        if not self._busy:
-            raise IntegrityError("Expert work was waited for before it was submitted")
-        self._busy = False
-        if self._slots is not None and self._pinned is not None:
-            self._slots.unpin(*self._pinned)
 
     def _blob(self, layer: int, expert: int, slot_of: list[int] | None) -> torch.Tensor:
         if self._slots is None or slot_of is None or slot_of[expert] < 0:

@@ -95,6 +95,10 @@ class ResidencyPolicy:
         """Seed from the prompt: its tokens count as if they had just been decoded one by one."""
         self.scores += self._prompt_scores
         self.sightings += self._prompt_sightings
+        self.drop_prompt()
+
+    def drop_prompt(self) -> None:
+        """Forget a prompt that was given up before its end: its chunks must not seed in the name of the next one."""
         self._prompt_scores[:] = self._prompt_sightings[:] = 0
 
     def seed_prior(self, counts: npt.ArrayLike, weight: float = 16.0) -> None:

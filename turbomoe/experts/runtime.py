@@ -1,8 +1,8 @@
 """The expert room's front door: what the engine and the models see.
 
 Per forward pass: ``begin_step(phase)``, one ``run`` per expert layer, ``end_step()``; after the last chunk of a
-prompt ``end_prompt()``. With the cache off nothing of the cache is imported or allocated, and a step is only a
-phase.
+prompt ``end_prompt()``, or ``drop_prompt()`` if it is given up. With the cache off nothing of the cache is imported
+or allocated, and a step is only a phase.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from turbomoe.config import ExpertSettings
 from turbomoe.errors import SettingsError
 from turbomoe.experts.base import ExpertWork, Phase
+from turbomoe.experts.outputs import Outputs
 from turbomoe.experts.reference import ReferenceExecutor
 from turbomoe.experts.store import ExpertStore
 
@@ -43,6 +44,7 @@ class ExpertRuntime:
         self.store, self.settings, self.device, self.top_k = store, settings, torch.device(device), top_k
         self.cache = None if settings.cache == "off" else self._build_cache(engine)
         self._executor = ReferenceExecutor(store, self.cache.slots if self.cache else None)
+        self._outputs = Outputs()
         self._phase = Phase.PREFILL
 
     def _build_cache(self, engine: CopyEngine | None) -> ExpertCache | None:
@@ -62,16 +64,26 @@ class ExpertRuntime:
             self.cache.begin_step(phase)
 
     def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """``sum_k weights[:, k] * expert_ids[:, k](hidden)``: [T, H], [T, K], [T, K] -> a fresh [T, H]."""
-        out = torch.empty_like(hidden)
-        self._executor.submit(ExpertWork(layer, self._phase, hidden, ids, weights, out))
-        self._executor.wait()
+        """``sum_k weights[:, k] * expert_ids[:, k](hidden)``: [T, H], [T, K], [T, K] -> [T, H].
+
+        In a decode step the result lies at an address that is the same for equal T; the caller may write to it, and
+        has it until the same layer runs again. Any other pass gets fresh memory: its T is large and seldom the same.
+        """
+        decode = self._phase is Phase.DECODE
+        out = self._outputs.like(layer, hidden) if decode else torch.empty_like(hidden)
+        try:
+            self._executor.submit(ExpertWork(layer, self._phase, hidden, ids, weights, out))
+            self._executor.wait()
+        except BaseException:  # Ctrl-C too: work that is never waited for would block every later step
+            self._executor.reset()
+            raise
         if self.cache:
             self.cache.record(layer, ids)
         return out
 
     def end_step(self) -> None:
         """Close the forward pass: observe its routing, plan promotions, start copies."""
+        self._phase = Phase.PREFILL
         if self.cache:
             self.cache.end_step()
 
@@ -79,6 +91,11 @@ class ExpertRuntime:
         """The prompt's last chunk has ended: seed the residency from its routing."""
         if self.cache:
             self.cache.end_prompt()
+
+    def drop_prompt(self) -> None:
+        """The prompt was given up before its end: forget the routing of its chunks. Does nothing with the cache off."""
+        if self.cache:
+            self.cache.policy.drop_prompt()
 
     def seed_prior(self, counts: npt.ArrayLike, weight: float = 16.0) -> None:
         """Start from a profile's routing counts [layers, experts], worth ``weight`` tokens. Before the first step."""
@@ -99,11 +116,11 @@ class ExpertRuntime:
     @property
     def nbytes(self) -> dict[str, int]:
         """Bytes held by device, workspace included."""
-        held = {"cpu": self.store.nbytes + self._executor.nbytes}
+        held = self._outputs.nbytes()
+        held["cpu"] += self.store.nbytes + self._executor.nbytes
         if self.cache:
-            device = str(self.device)
-            held[device] = held.get(device, 0) + self.cache.slots.nbytes + self.cache.routing.nbytes
-        return held
+            held[str(self.device)] += self.cache.slots.nbytes + self.cache.routing.nbytes
+        return dict(held)
 
     def check_integrity(self, compare_bytes: bool = False) -> None:
         """Raise ``IntegrityError`` if an invariant of the cache is broken."""
