@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
+import re
+from itertools import pairwise
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -106,6 +111,31 @@ def test_rows_may_be_read_past_the_last_one() -> None:
     arena = allocate(3, 128, torch.device("cpu"))
     assert arena.untyped_storage().nbytes() == 3 * 128 + TAIL
     assert arena.data_ptr() % ALIGN == 0
+
+
+def test_a_host_arena_is_private_memory_that_may_lie_on_huge_pages() -> None:
+    """The kernel's own word: a shared mapping (``s``) would lie in its shared memory, which ignores the advice."""
+    arena = allocate(4, 4 << 20, torch.device("cpu"))
+    arena.fill_(1)
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    starts = [at for at, line in enumerate(lines) if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line)]
+    for at, following in pairwise([*starts, len(lines)]):
+        low, high = (int(end, 16) for end in lines[at].split()[0].split("-"))
+        if low <= arena.data_ptr() < high:
+            assert lines[at].split()[1] == "rw-p"
+            flags = next((line.split()[1:] for line in lines[at:following] if line.startswith("VmFlags:")), ["hg"])
+            assert "hg" in flags or not Path("/sys/kernel/mm/transparent_hugepage").exists()
+            return
+    pytest.fail("the arena is not among the mappings")
+
+
+def test_a_kernel_without_huge_pages_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pages(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Pages)
+    assert allocate(2, 128, torch.device("cpu")).shape == (2, 128)
 
 
 def test_memory_that_does_not_exist_is_refused_in_one_sentence() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 
 import torch
 
@@ -36,7 +37,9 @@ def allocate(rows: int, row_bytes: int, device: torch.device) -> torch.Tensor:
 
 
 def _host(nbytes: int) -> torch.Tensor:
-    pages = mmap.mmap(-1, nbytes)
+    # Private, because Python's default is a shared mapping, for which kernels ignore the advice below.
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # an expert is megabytes read in one sweep: fewer TLB misses
-        pages.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a kernel built without huge pages refuses the advice and is right to
+            pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)
