@@ -61,6 +61,14 @@ class ExpertSettings:
         require(known, f"--moe-cache must be auto, off or a size, not {self.cache!r}")
         require(self.hysteresis >= 1.0, f"--moe-hysteresis must be at least 1, not {self.hysteresis}")
         require(self.half_life > 0, f"--moe-half-life must be positive, not {self.half_life}")
+        for name, low, high in (
+            ("min_sightings", 1, 1 << 20),
+            ("swaps_per_layer_step", 0, 1 << 14),
+            ("bytes_per_step", 0, 1 << 50),
+        ):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and low <= value <= high
+            require(whole, f"{name} must be a whole number between {low} and {high}, not {value!r}")
         require(self.policy in ("adaptive", "frozen"), f"--moe-policy must be adaptive or frozen, not {self.policy!r}")
 
 
