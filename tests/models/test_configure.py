@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests import tiny_models as tiny
+from tests.models.altered import Altered
 from turbomoe.errors import ModelError
 from turbomoe.files import open_model
 from turbomoe.kv.shape import AttentionShape, RecurrentShape
@@ -86,6 +87,38 @@ def test_rotary_variants_that_we_would_compute_wrongly_are_refused(key: str, val
         config_of(tiny.write_gguf(tiny.tiny_model("qwen3"), tmp_path / "model.gguf", keys=add))
 
 
+FLAT = {"rope_type": "default", "rope_theta": 10_000.0}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}},
+        {"rope_parameters": {"type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}},
+        {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}},
+        {"rope_parameters": {"rope_type": "proportional", "rope_theta": 10_000.0}},
+        {"rope_parameters": {"rope_type": ["dynamic"]}},
+        {"rope_parameters": {"rope_type": None}},
+    ],
+)
+def test_rotary_types_that_we_would_compute_wrongly_are_refused_from_the_hub(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tiny.write_hub(tiny.tiny_model("llama"), tmp_path / "hub", config=fields)
+    with pytest.raises(ModelError, match=r"Rotary embeddings of the type .* are not supported"):
+        config_of(path)
+
+
+@pytest.mark.parametrize("at", ["full_attention", "sliding_attention"])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_types_of_single_layer_types_are_checked(at: str, kind: str, tmp_path: Path) -> None:
+    rope = {"full_attention": FLAT, "sliding_attention": FLAT} | {at: FLAT | {"rope_type": kind, "factor": 4.0}}
+    path = tiny.write_hub(tiny.tiny_model("gemma3"), tmp_path / "hub", config={"rope_parameters": rope})
+    with pytest.raises(ModelError, match=kind):
+        config_of(path)
+
+
 def test_yarn_betas(tmp_path: Path) -> None:
     rope = {"rope_type": "yarn", "rope_theta": 5_000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 
@@ -151,6 +184,38 @@ def test_a_qwen3_moe_that_slides_slides_everywhere() -> None:
     config = make_config(tiny._BASE | tiny.TINY["qwen3moe"].fields | fields | {"model_type": "qwen3_moe"})
     assert [layer.window for layer in layer_shapes(config)] == [16, 16, 16]  # type: ignore[union-attr]
     assert [layer.window for layer in layer_shapes(tiny.tiny_model("qwen3moe").config)] == [0, 0, 0]  # type: ignore[union-attr]
+
+
+def shapes_with(family: str, fields: dict[str, Any], folder: Path) -> list[int]:
+    config = config_of(tiny.write_hub(tiny.tiny_model(family), folder, config=fields))
+    return [layer.window for layer in layer_shapes(config)]  # type: ignore[union-attr]
+
+
+QWEN2_SLIDES = {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None}
+
+
+@pytest.mark.parametrize("window", [-5, -1, 1 << 40, (1 << 30) + 1, True, 8.5, "8", [8]])
+@pytest.mark.parametrize(("family", "fields"), [("gemma3", {}), ("qwen2", QWEN2_SLIDES)])
+def test_windows_have_limits(family: str, fields: dict[str, Any], window: Any, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"sliding_window"):
+        shapes_with(family, fields | {"sliding_window": window}, tmp_path / "hub")
+
+
+@pytest.mark.parametrize("window", [0, None])
+def test_a_window_of_nothing_is_no_window(window: int | None, tmp_path: Path) -> None:
+    assert shapes_with("qwen2", QWEN2_SLIDES | {"sliding_window": window}, tmp_path / "hub") == [0, 0, 0]
+    assert shapes_with("qwen2", QWEN2_SLIDES | {"sliding_window": 8}, tmp_path / "hub") == [0, 8, 8]
+    with pytest.raises(ModelError, match=r"sliding_window .* not None.* slides"):
+        shapes_with("gemma3", {"sliding_window": window}, tmp_path / "hub")
+
+
+@pytest.mark.parametrize("sections", [["a", "b"], [3, 2.5], [True, 1], [3, -1], [3, 1 << 40], [1] * 5, [[3], [2]]])
+def test_rotary_sections_are_checked_one_by_one(sections: list[Any], tmp_path: Path) -> None:
+    source = open_model(tiny.write_gguf(tiny.tiny_model("qwen35"), tmp_path / "model.gguf"))
+    key = "qwen35.rope.dimension_sections"
+    altered = Altered("gguf", dict(source.metadata) | {key: sections}, source.tensors)
+    with pytest.raises(ModelError, match=key):
+        read_config(altered, find_family(altered))
 
 
 def test_a_stray_window_in_a_llama_configuration_means_nothing() -> None:

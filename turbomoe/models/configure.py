@@ -10,7 +10,7 @@ import torch
 from turbomoe.errors import ModelError
 from turbomoe.files.base import ModelSource
 from turbomoe.models.family import Family
-from turbomoe.models.header import MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, MAX_WIDTH, GgufHeader
+from turbomoe.models.header import MAX_CONTEXT, MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, MAX_WIDTH, GgufHeader
 from turbomoe.upstream.shell import make_config
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ _NOT_COMPUTED = {
     "use_bidirectional_attention": "attention in both directions",
     "attn_logit_softcapping": "soft caps on attention scores",
 }
+# Whatever else transformers knows recomputes frequencies from the length of a pass, which in our passes is no fact
+# about the sequence (dynamic, longrope), or rotates in ways that no family here has.
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 LIMITS = {
     "num_hidden_layers": MAX_LAYERS,
     "hidden_size": MAX_WIDTH,
@@ -35,7 +38,7 @@ LIMITS = {
     "num_key_value_heads": MAX_HEADS,
     "num_experts": MAX_EXPERTS,
     "num_experts_per_tok": MAX_EXPERTS,
-    "max_position_embeddings": 1 << 30,
+    "max_position_embeddings": MAX_CONTEXT,
     "linear_num_key_heads": MAX_HEADS,
     "linear_num_value_heads": MAX_HEADS,
     "linear_key_head_dim": MAX_WIDTH,
@@ -51,7 +54,10 @@ def read_config(source: ModelSource, family: Family) -> PretrainedConfig:
     else:
         fields = _hub_fields(source, family)
     _check_limits(fields)
+    for key in ("rope_parameters", "rope_scaling"):
+        _check_rope(fields.get(key), source)
     config = make_config(fields)
+    _check_rope(getattr(config, "rope_parameters", None), source)
     _check_limits({key: getattr(config, key, None) for key in LIMITS})
     for key, what in _NOT_COMPUTED.items():
         if getattr(config, key, None):
@@ -76,6 +82,8 @@ def _hub_fields(source: ModelSource, family: Family) -> dict[str, Any]:
         if key in whole:
             fields.setdefault(key, whole[key])
     fields["model_type"] = family.model_types[0]
+    if fields.get("sliding_window") == 0:
+        fields["sliding_window"] = None  # no window; transformers would take it for one in which nothing is seen
     if _has_own_output(source):
         fields["tie_word_embeddings"] = False
     return fields
@@ -90,6 +98,19 @@ def _has_own_output(source: ModelSource) -> bool:
     if not embeddings or source.tensors[heads[0]].nbytes != source.tensors[embeddings[0]].nbytes:
         return True
     return not torch.equal(source.raw(heads[0]), source.raw(embeddings[0]))
+
+
+def _check_rope(parameters: Any, source: ModelSource) -> None:
+    """Refuse rotary types that would be computed wrongly: of the model, or of one of its layer types."""
+    if not isinstance(parameters, Mapping):
+        return
+    for each in (parameters, *parameters.values()):
+        if not isinstance(each, Mapping):
+            continue
+        kind = each.get("rope_type", each.get("type", "default"))
+        if kind not in ROPE_TYPES:
+            why = f"{source.path} asks for it; {', '.join(ROPE_TYPES)} are supported"
+            raise ModelError(f"Rotary embeddings of the type {str(kind)[:40]!r} are not supported", why=why)
 
 
 def _check_limits(fields: Mapping[str, Any]) -> None:

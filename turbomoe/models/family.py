@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from turbomoe.errors import ModelError
-from turbomoe.models.header import MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, GgufHeader
+from turbomoe.models.header import MAX_CONTEXT, MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, GgufHeader
 from turbomoe.models.placement import Dense, Routed
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def decoder_config(header: GgufHeader, model_type: str) -> dict[str, Any]:
         "num_attention_heads": header.integer("attention.head_count", high=MAX_HEADS),
         "num_key_value_heads": kv_heads(header),
         "head_dim": head_dim(header),
-        "max_position_embeddings": header.integer("context_length", high=1 << 30),
+        "max_position_embeddings": header.integer("context_length", high=MAX_CONTEXT),
         "rms_norm_eps": header.number("attention.layer_norm_rms_epsilon"),
         # The converter leaves the output projection out when it is the embedding matrix.
         "tie_word_embeddings": not header.has_tensor("output.weight"),
@@ -158,7 +158,7 @@ def _rope_scaling(header: GgufHeader) -> dict[str, Any]:
 
 
 def _yarn(header: GgufHeader) -> dict[str, Any]:
-    original = header.integer("rope.scaling.original_context_length", high=1 << 30)
+    original = header.integer("rope.scaling.original_context_length", high=MAX_CONTEXT)
     betas = {name: f"rope.scaling.yarn_{name}" for name in ("beta_fast", "beta_slow")}
     given = {name: header.number(key) for name, key in betas.items() if header.has(key)}
     return {"original_max_position_embeddings": original} | given

@@ -13,6 +13,7 @@ MAX_LAYERS = 1024
 MAX_HEADS = 4096
 MAX_WIDTH = 1 << 20
 MAX_EXPERTS = 1 << 14
+MAX_CONTEXT = 1 << 30
 
 
 class GgufHeader:
@@ -30,12 +31,12 @@ class GgufHeader:
 
     def integer(self, key: str, *, low: int = 1, high: int = MAX_WIDTH, default: int | None = None) -> int:
         """The integer under ``key``; without one, ``default``, or an error if that is None too."""
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.wrong(key, f"it must be an integer, not {_show(value)}")
-        if not low <= value <= high:
-            raise self.wrong(key, f"it must be between {low} and {high}, not {value}")
-        return value
+        return self._whole(key, "it", self._get(key, default), low, high)
+
+    def integers(self, key: str, *, most: int, low: int = 1, high: int = MAX_WIDTH) -> list[int]:
+        """The array of at most ``most`` integers under ``key``."""
+        items = self.items(key, most=most)
+        return [self._whole(key, f"element {index}", item, low, high) for index, item in enumerate(items)]
 
     def number(self, key: str, *, default: float | None = None) -> float:
         """The positive finite number under ``key``."""
@@ -57,13 +58,15 @@ class GgufHeader:
         value = self.source.metadata.get(f"{self.architecture}.{key}")
         return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
-    def items(self, key: str, *, length: int | None = None) -> list[Any]:
-        """The array under ``key`` as a list, of ``length`` elements if that is given."""
+    def items(self, key: str, *, length: int | None = None, most: int = MAX_WIDTH) -> list[Any]:
+        """The array under ``key`` as a list, of ``length`` elements if that is given, and of ``most`` at most."""
         value = self._get(key, None)
         if isinstance(value, str | bytes) or not isinstance(value, Sequence):
             raise self.wrong(key, f"it must be an array, not {_show(value)}")
         if length is not None and len(value) != length:
             raise self.wrong(key, f"it must have {length} elements, not {len(value)}")
+        if len(value) > most:
+            raise self.wrong(key, f"it must have at most {most} elements, not {len(value)}")
         return list(value)
 
     def text(self, key: str, default: str) -> str:
@@ -88,6 +91,13 @@ class GgufHeader:
     def wrong(self, key: str, why: str) -> ModelError:
         """An error about the value under ``key``, ready to be raised."""
         return ModelError(f"The metadata key {self.architecture}.{key} of {self.source.path} cannot be used", why=why)
+
+    def _whole(self, key: str, what: str, value: Any, low: int, high: int) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.wrong(key, f"{what} must be an integer, not {_show(value)}")
+        if not low <= value <= high:
+            raise self.wrong(key, f"{what} must be between {low} and {high}, not {value}")
+        return value
 
     def _get(self, key: str, default: Any) -> Any:
         value = self.source.metadata.get(f"{self.architecture}.{key}", default)

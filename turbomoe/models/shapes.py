@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from turbomoe.errors import ModelError
 from turbomoe.kv.shape import AttentionShape, LayerShape, RecurrentShape
+from turbomoe.models.header import MAX_CONTEXT
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -55,8 +56,19 @@ def _layer_shape(config: PretrainedConfig, layer: int, kind: str) -> LayerShape:
         query_heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        window=config.sliding_window if kind == "sliding_attention" else 0,
+        window=_window(config, layer) if kind == "sliding_attention" else 0,
     )
+
+
+def _window(config: PretrainedConfig, layer: int) -> int:
+    """Tokens that a sliding layer sees, checked where it is used: in a model without such layers it means nothing."""
+    found = config.sliding_window
+    if isinstance(found, bool) or not isinstance(found, int) or not 1 <= found <= MAX_CONTEXT:
+        raise ModelError(
+            f"sliding_window must be an integer between 1 and {MAX_CONTEXT}, not {str(found)[:40]}",
+            why=f"Layer {layer} slides",
+        )
+    return found
 
 
 def _recurrent(config: PretrainedConfig, layer: int) -> RecurrentShape:

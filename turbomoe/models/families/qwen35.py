@@ -56,12 +56,12 @@ def _rope(header: GgufHeader) -> dict[str, Any]:
     """Part of each head is rotated; the sections (time, height, width) matter to images only."""
     size = head_dim(header)
     rotated = header.integer("rope.dimension_count", high=size)
-    sections = [int(section) for section in header.items("rope.dimension_sections") if section]
+    sections = header.integers("rope.dimension_sections", most=4, low=0, high=size)
     return {
         "rope_type": "default",
         "rope_theta": header.number("rope.freq_base"),
         "partial_rotary_factor": rotated / size,
-        "mrope_section": sections,
+        "mrope_section": [section for section in sections if section],
         "mrope_interleaved": True,
     }
 
