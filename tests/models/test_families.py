@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from tests import tiny_models as tiny
 from turbomoe.config import EngineSettings
+from turbomoe.errors import ModelError
 from turbomoe.models import Forecast, LoadedModel, load_model
 from turbomoe.notices import board
 
@@ -146,6 +147,28 @@ def test_llama3_frequencies_come_from_the_file(tmp_path: Path) -> None:
         assert relative(tiny.logits(load(FILES[kind](model, tmp_path)).shell, ids), wanted) < 1e-5
     plain = tiny.tiny_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 5_000.0})
     assert relative(tiny.logits(plain, ids), wanted) > 1e-3
+
+
+def scaled(kind: str) -> Callable[[tiny.GGUFWriter], None]:
+    def add(writer: tiny.GGUFWriter) -> None:
+        writer.add_string("llama.rope.scaling.type", kind)
+        writer.add_float32("llama.rope.scaling.factor", 4.0)
+        writer.add_uint32("llama.rope.scaling.original_context_length", 128)
+
+    return add
+
+
+def test_a_linear_factor_and_divisors_are_both_applied(tmp_path: Path) -> None:
+    model = tiny.tiny_model("llama", rope_parameters=tiny.LLAMA3_ROPE)
+    loaded = load(tiny.write_gguf(model, tmp_path / "model.gguf", keys=scaled("linear")))
+    found, wanted = loaded.shell.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq / 4
+    assert torch.allclose(found, wanted, rtol=1e-6, atol=0)
+
+
+def test_yarn_on_top_of_divisors_is_refused(tmp_path: Path) -> None:
+    model = tiny.tiny_model("llama", rope_parameters=tiny.LLAMA3_ROPE)
+    with pytest.raises(ModelError, match="rope_freqs"):
+        load(tiny.write_gguf(model, tmp_path / "model.gguf", keys=scaled("yarn")))
 
 
 @pytest.mark.parametrize("kind", ["linear", "yarn"])

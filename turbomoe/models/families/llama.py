@@ -28,9 +28,12 @@ if TYPE_CHECKING:
 def config(header: GgufHeader) -> dict[str, Any]:
     """Configuration fields of a GGUF of architecture ``llama``."""
     refuse(header, "expert_count", "A mixture of experts under this name (Mixtral)")
+    rope = rope_parameters(header)
+    if rope["rope_type"] == "yarn" and header.has_tensor("rope_freqs.weight"):
+        raise header.wrong("rope.scaling.type", "YaRN on top of the divisors in rope_freqs.weight is not supported")
     return decoder_config(header, "llama") | {
         "intermediate_size": header.integer("feed_forward_length"),
-        "rope_parameters": rope_parameters(header),
+        "rope_parameters": rope,
         "attention_bias": header.has_tensor("blk.0.attn_q.bias"),
         "mlp_bias": header.has_tensor("blk.0.ffn_gate.bias"),
     }
@@ -54,13 +57,18 @@ def layer(config: PretrainedConfig) -> Table:
 
 
 def model(config: PretrainedConfig) -> dict[str, Dense]:
-    """Llama 3 files carry its long-context scaling as one divisor for each rotary frequency."""
+    """Llama 3 files carry its long-context scaling as one divisor for each rotary frequency.
+
+    It divides what a linear factor, if the file has one too, has already divided.
+    """
     return OUTER | {"rope_freqs.weight": Dense("model.rotary_emb.inv_freq", _divide_frequencies(config))}
 
 
 def _divide_frequencies(config: PretrainedConfig) -> Transform:
     size, base = config.head_dim, config.rope_parameters["rope_theta"]
     frequencies = 1.0 / base ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    if config.rope_parameters["rope_type"] == "linear":
+        frequencies = frequencies / config.rope_parameters["factor"]
     return lambda divisors: frequencies.to(divisors.device) / divisors
 
 
