@@ -19,10 +19,11 @@ from turbomoe.models.base import Forecast, LoadedModel
 from turbomoe.models.configure import read_config
 from turbomoe.models.families import find_family
 from turbomoe.models.names import names_of
+from turbomoe.models.packing import packed_weight_bytes, plan_packing
 from turbomoe.models.plan import LoadPlan, make_plan
 from turbomoe.models.sampling import sampling_defaults
 from turbomoe.models.shapes import ExpertShape, expert_shape, layer_shapes
-from turbomoe.models.weights import Meter, Progress, expert_layouts, fill_experts, fill_shell
+from turbomoe.models.weights import Meter, Progress, expert_layouts, fill_experts, fill_packed, fill_shell
 from turbomoe.notices import Notice, board
 from turbomoe.upstream.shell import build_shell, on_meta, swap_experts, tie_embeddings
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from turbomoe.experts.module import StoreExperts
     from turbomoe.experts.runtime import ExpertRuntime
+    from turbomoe.native.pool import WorkerPool
 
 __all__ = ["Forecast", "LoadedModel", "load_model"]
 
@@ -71,10 +73,16 @@ def _load(
     experts = expert_shape(config) if routed else None
     plan = make_plan(source, names_of(source, family, config), shell, routed, experts)
     _tell_skipped(plan)
+    pool = packing_pool(settings)
+    packing = {} if pool is None else plan_packing(plan, shell)
+    weight_bytes = packed_weight_bytes(shell, packing)
     if before is not None:
-        before(forecast(plan, shell, config, layers))
+        before(forecast(plan, weight_bytes, config, layers))
     meter = Meter(plan.nbytes, progress)
-    fill_shell(plan, source, shell, dtype, device, meter)
+    if pool is None:
+        fill_shell(plan, source, shell, dtype, device, meter)
+    else:
+        fill_packed(plan, source, shell, packing, pool, meter)
     _finish(shell, device)
     runtime = _fill_store(plan, source, experts, settings, routed, meter) if experts else None
     tokenizer = _tokenizer(source)
@@ -88,22 +96,34 @@ def _load(
         identity=source.identity(),
         context_length=config.max_position_embeddings,
         dtype=dtype,
-        weight_bytes=sum(parameter.nbytes for parameter in shell.parameters()),
+        weight_bytes=weight_bytes,
         stop_ids=_stop_ids(source, tokenizer),
         sampling=sampling_defaults(source),
         experts=runtime,
     )
 
 
-def forecast(plan: LoadPlan, shell: nn.Module, config: PretrainedConfig, layers: tuple[LayerShape, ...]) -> Forecast:
-    """What loading ``plan`` into ``shell`` will take."""
-    weights = sum(parameter.nbytes for parameter in shell.parameters())
+def forecast(plan: LoadPlan, weights: int, config: PretrainedConfig, layers: tuple[LayerShape, ...]) -> Forecast:
+    """What loading ``plan`` into a shell of ``weights`` bytes will take."""
     experts = sum(info.nbytes for info, _ in plan.routed)
     return Forecast(weights, experts, layers, config.max_position_embeddings, config)
 
 
+def packing_pool(settings: EngineSettings) -> WorkerPool | None:
+    """The threads that compute with packed weights, where the settings mean that: ``auto`` on the CPU.
+
+    None elsewhere, and where there is no compiled core: float32 takes more memory, but unpacking every weight for
+    every token takes far more time.
+    """
+    if settings.dtype != "auto" or torch.device(settings.device).type != "cpu":
+        return None
+    from turbomoe.native.shared import shared_pool
+
+    return shared_pool(settings.threads)
+
+
 def choose_dtype(settings: EngineSettings) -> torch.dtype:
-    """The dtype of dense weights and activations: ``auto`` is float32 on the CPU and bfloat16 elsewhere."""
+    """The dtype of activations and of dense weights: ``auto`` is float32 on the CPU and bfloat16 elsewhere."""
     if settings.dtype == "auto":
         return torch.float32 if torch.device(settings.device).type == "cpu" else torch.bfloat16
     return cast(torch.dtype, getattr(torch, settings.dtype))
@@ -127,7 +147,8 @@ def _swap(shell: nn.Module) -> dict[int, StoreExperts]:
 
 def _finish(shell: nn.Module, device: torch.device) -> None:
     """Tie what is tied, move the buffers, and make sure that nothing was left without storage."""
-    if shell.config.tie_word_embeddings:  # type: ignore[union-attr]
+    head = shell.get_output_embeddings()  # type: ignore[operator]
+    if shell.config.tie_word_embeddings and isinstance(head, nn.Linear):  # type: ignore[union-attr]
         tie_embeddings(shell)
     if left := on_meta(shell):
         raise IntegrityError(f"The weight {left[0]} was planned but never loaded")

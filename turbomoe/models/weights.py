@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from turbomoe.errors import ModelError
 from turbomoe.experts.base import ExpertLayout
 from turbomoe.files.base import ModelSource, TensorInfo
+from turbomoe.models.packing import Packing, swap_packed
 from turbomoe.models.placement import Dense, Routed, same
 from turbomoe.models.plan import ROUTED_PARTS, LoadPlan
 from turbomoe.models.shapes import ExpertShape
+from turbomoe.native.packed import PackedMatrix
+from turbomoe.native.pool import WorkerPool
 
 Progress = Callable[[int, int], None]
 FillExpert = Callable[[int, int, str, torch.Tensor], None]
@@ -38,7 +42,30 @@ def fill_shell(
     """Give every planned parameter of ``shell`` its values in ``dtype`` on ``device``; buffers keep their dtype."""
     for info, to in plan.dense:
         _assign(shell, to.name, _dense(source, info, to, dtype), device)
+        source.release(info.name)
         meter.add(info.nbytes)
+
+
+def fill_packed(
+    plan: LoadPlan, source: ModelSource, shell: nn.Module, packing: Mapping[str, Packing], pool: WorkerPool, meter: Meter
+) -> None:
+    """Fill a shell on the CPU, in float32 but for the weights of ``packing``, whose layers become packed ones."""
+    matrices = {}
+    for info, to in plan.dense:
+        if to.name in packing:
+            matrices[to.name] = _packed(source, info, packing[to.name], pool)
+        else:
+            _assign(shell, to.name, _dense(source, info, to, torch.float32), torch.device("cpu"))
+        source.release(info.name)
+        meter.add(info.nbytes)
+    swap_packed(shell, matrices, packing, pool)
+
+
+def _packed(source: ModelSource, info: TensorInfo, packing: Packing, pool: WorkerPool) -> PackedMatrix:
+    try:
+        return packing.pack(source.raw(info.name), pool)
+    except ModelError as error:  # the packer knows neither name nor file
+        raise ModelError(f"{info.name} of {source.path} cannot be packed", why=str(error)) from error
 
 
 def _dense(source: ModelSource, info: TensorInfo, to: Dense, dtype: torch.dtype) -> torch.Tensor:
@@ -61,6 +88,7 @@ def fill_experts(plan: LoadPlan, source: ModelSource, experts: ExpertShape, fill
     for info, to in plan.routed:
         members = range(experts.num_experts) if to.expert is None else range(to.expert, to.expert + 1)
         _fill_tensor(source.raw(info.name), to, members, fill)
+        source.release(info.name)
         meter.add(info.nbytes)
 
 
