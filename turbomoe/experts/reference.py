@@ -71,7 +71,7 @@ class ReferenceExecutor(ExpertExecutor):
         if self._busy:
             raise IntegrityError("Expert work was submitted before the previous work was waited for")
         layout = self._store.layout(work.layer)
-        _check(work, layout)
+        check_work(work, layout)
         rows, k = work.ids.shape
         terms = self._workspace(rows * k, layout.hidden, work.hidden.device)
         hidden = work.hidden.float()
@@ -119,7 +119,8 @@ def _sum_in_order(terms: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(total)
 
 
-def _check(work: ExpertWork, layout: ExpertLayout) -> None:
+def check_work(work: ExpertWork, layout: ExpertLayout) -> None:
+    """Raise ``IntegrityError`` for work whose shapes do not fit the layer, or whose ids are no experts of it."""
     rows = work.hidden.shape[0]
     sound = (
         work.hidden.shape == work.out.shape == (rows, layout.hidden)

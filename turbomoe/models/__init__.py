@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -14,7 +14,6 @@ from turbomoe.config import EngineSettings
 from turbomoe.errors import IntegrityError
 from turbomoe.files import open_model
 from turbomoe.files.base import ModelSource
-from turbomoe.kv.shape import LayerShape
 from turbomoe.models.base import Forecast, LoadedModel
 from turbomoe.models.configure import read_config
 from turbomoe.models.families import find_family
@@ -28,8 +27,9 @@ from turbomoe.notices import Notice, board
 from turbomoe.upstream.shell import build_shell, on_meta, swap_experts, tie_embeddings
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
+    from turbomoe.experts.base import ExpertLayout
     from turbomoe.experts.module import StoreExperts
     from turbomoe.experts.runtime import ExpertRuntime
     from turbomoe.native.pool import WorkerPool
@@ -76,15 +76,17 @@ def _load(
     pool = packing_pool(settings)
     packing = {} if pool is None else plan_packing(plan, shell)
     weight_bytes = packed_weight_bytes(shell, packing)
+    layouts = expert_layouts(plan, experts, sorted(routed), planar=pool is not None) if experts else []
     if before is not None:
-        before(forecast(plan, weight_bytes, config, layers))
+        expert_bytes = sum(layout.num_experts * layout.blob_bytes for layout in layouts)
+        before(Forecast(weight_bytes, expert_bytes, layers, config.max_position_embeddings, config))
     meter = Meter(plan.nbytes, progress)
     if pool is None:
         fill_shell(plan, source, shell, dtype, device, meter)
     else:
         fill_packed(plan, source, shell, packing, pool, meter)
     _finish(shell, device)
-    runtime = _fill_store(plan, source, experts, settings, routed, meter) if experts else None
+    runtime = _fill_store(plan, source, experts, layouts, settings, routed, pool, meter) if experts else None
     tokenizer = _tokenizer(source)
     return LoadedModel(
         name=_name(source),
@@ -101,12 +103,6 @@ def _load(
         sampling=sampling_defaults(source),
         experts=runtime,
     )
-
-
-def forecast(plan: LoadPlan, weights: int, config: PretrainedConfig, layers: tuple[LayerShape, ...]) -> Forecast:
-    """What loading ``plan`` into a shell of ``weights`` bytes will take."""
-    experts = sum(info.nbytes for info, _ in plan.routed)
-    return Forecast(weights, experts, layers, config.max_position_embeddings, config)
 
 
 def packing_pool(settings: EngineSettings) -> WorkerPool | None:
@@ -159,16 +155,19 @@ def _fill_store(
     plan: LoadPlan,
     source: ModelSource,
     experts: ExpertShape,
+    layouts: Sequence[ExpertLayout],
     settings: EngineSettings,
     routed: dict[int, StoreExperts],
+    pool: WorkerPool | None,
     meter: Meter,
 ) -> ExpertRuntime:
     from turbomoe.experts.runtime import ExpertRuntime
     from turbomoe.experts.store import StoreBuilder
 
-    builder = StoreBuilder(expert_layouts(plan, experts, sorted(routed)))
+    builder = StoreBuilder(layouts, pool)
     fill_experts(plan, source, experts, builder.fill, meter)
-    runtime = ExpertRuntime(builder.finish(), settings.experts, torch.device(settings.device), experts.top_k)
+    device = torch.device(settings.device)
+    runtime = ExpertRuntime(builder.finish(), settings.experts, device, experts.top_k, pool=pool)
     bind(routed.values(), runtime)
     return runtime
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from threading import Lock
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from turbomoe.native import reference
@@ -30,6 +29,7 @@ class LinearRoom:
 
     def __init__(self, pool: WorkerPool) -> None:
         self.pool, self.lock, self.work, self._cols = pool, Lock(), 0, 0
+        self._free: weakref.finalize[..., LinearRoom] | None = None
 
     def reserve(self, cols: int) -> None:
         """Make room for inputs of ``cols`` values. The caller holds the lock or is the only one."""
@@ -38,17 +38,25 @@ class LinearRoom:
         work = self.pool.core.linear_work_new(self.pool.handle, cols, ROWS)
         if not work:
             raise NativeError("No room for linear layers", why=f"{ROWS} rows of {cols} values")
-        if self.work:
+        if self._free is not None:
             self._free()
         self.work, self._cols = work, cols
-        self._free = weakref.finalize(self, self.pool.core.linear_work_free, work)
+        self._free = weakref.finalize(self, _free, self.pool, work)
 
 
-_rooms: weakref.WeakKeyDictionary[WorkerPool, LinearRoom] = weakref.WeakKeyDictionary()
+def _free(pool: WorkerPool, work: int) -> None:
+    """Free a work, holding the pool that it belongs to until then."""
+    pool.core.linear_work_free(work)
+
+
+_rooms: weakref.WeakValueDictionary[int, LinearRoom] = weakref.WeakValueDictionary()  # by the pool's handle
 
 
 def _room(pool: WorkerPool) -> LinearRoom:
-    return _rooms.setdefault(pool, LinearRoom(pool))
+    room = _rooms.get(pool.handle)
+    if room is None or room.pool is not pool:
+        room = _rooms[pool.handle] = LinearRoom(pool)
+    return room
 
 
 class PackedCall:
@@ -153,6 +161,7 @@ class PackedEmbedding(nn.Module):
         super().__init__()
         self.matrix = matrix
         self.num_embeddings, self.embedding_dim = matrix.layout.rows, matrix.layout.cols
+        self.embed_scale: torch.Tensor | None
         self.register_buffer("embed_scale", scale, persistent=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,10 @@ from turbomoe.models.packing import Packing, swap_packed
 from turbomoe.models.placement import Dense, Routed, same
 from turbomoe.models.plan import ROUTED_PARTS, LoadPlan
 from turbomoe.models.shapes import ExpertShape
+from turbomoe.native.layout import FORMATS as PLANAR
 from turbomoe.native.packed import PackedMatrix
 from turbomoe.native.pool import WorkerPool
+from turbomoe.notices import Notice, board
 
 Progress = Callable[[int, int], None]
 FillExpert = Callable[[int, int, str, torch.Tensor], None]
@@ -47,7 +49,12 @@ def fill_shell(
 
 
 def fill_packed(
-    plan: LoadPlan, source: ModelSource, shell: nn.Module, packing: Mapping[str, Packing], pool: WorkerPool, meter: Meter
+    plan: LoadPlan,
+    source: ModelSource,
+    shell: nn.Module,
+    packing: Mapping[str, Packing],
+    pool: WorkerPool,
+    meter: Meter,
 ) -> None:
     """Fill a shell on the CPU, in float32 but for the weights of ``packing``, whose layers become packed ones."""
     matrices = {}
@@ -100,15 +107,29 @@ def _fill_tensor(raw: torch.Tensor, to: Routed, members: range, fill: FillExpert
             fill(to.layer, expert, part, shares[row, column])
 
 
-def expert_layouts(plan: LoadPlan, experts: ExpertShape, layers: list[int]) -> list[ExpertLayout]:
-    """The layout of each routed layer; block formats may differ from layer to layer and from part to part."""
+def expert_layouts(plan: LoadPlan, experts: ExpertShape, layers: list[int], *, planar: bool) -> list[ExpertLayout]:
+    """The layout of each routed layer; block formats may differ from layer to layer and from part to part.
+
+    ``planar`` asks for planes, which all layers get or none.
+    """
     from turbomoe.experts.store import make_layout
 
-    return [_layout(make_layout, plan.formats(layer), layer, experts) for layer in layers]
+    formats = {layer: plan.formats(layer) for layer in layers}
+    planar = planar and all(_fits_planes(layer, formats[layer]) for layer in layers)
+
+    def layout(layer: int) -> ExpertLayout:
+        parts = [(part, experts.of(part), formats[layer][part]) for part in ROUTED_PARTS]
+        sizes = experts.num_experts, experts.hidden, experts.width
+        return make_layout(layer, *sizes, experts.activation, parts, planar=planar)
+
+    return [layout(layer) for layer in layers]
 
 
-def _layout(
-    make: Callable[..., ExpertLayout], formats: dict[str, str], layer: int, experts: ExpertShape
-) -> ExpertLayout:
-    parts = [(part, experts.of(part), formats[part]) for part in ROUTED_PARTS]
-    return make(layer, experts.num_experts, experts.hidden, experts.width, experts.activation, parts)
+def _fits_planes(layer: int, formats: dict[str, str]) -> bool:
+    """Whether the C core computes experts of these formats: it wants gate and up both quantised or both floats."""
+    gate, up = PLANAR[formats["gate"]], PLANAR[formats["up"]]
+    if gate.is_float == up.is_float:
+        return True
+    why = f"in layer {layer} gates are {gate.name} and ups {up.name}, which the C core does not compute together"
+    board.post(Notice("experts on the CPU run in plain PyTorch", why, "tens of times slower than the compiled core"))
+    return False
