@@ -87,7 +87,7 @@ class PackedCall:
         """x float [..., cols] on the CPU -> one tensor [..., rows] of its dtype per matrix."""
         shape, flat = x.shape[:-1], x.reshape(-1, self._cols).contiguous()
         if self._room is None:
-            return [reference.linear(m, flat).to(x.dtype).view(*shape, -1) for m in self.matrices]
+            return [reference.linear(m, flat).to(x.dtype).view(*shape, m.layout.rows) for m in self.matrices]
         count = len(flat)
         out = flat.new_empty(count * self._total)
         pieces = out.split([count * rows for rows in self._rows]) if len(self._rows) > 1 else (out,)

@@ -54,12 +54,13 @@ def plan_packing(plan: LoadPlan, shell: nn.Module) -> dict[str, Packing]:
         path, _, leaf = to.name.rpartition(".")
         module = shell.get_submodule(path)
         fits = type(module) is nn.Linear or isinstance(module, nn.Embedding)
-        if fits and leaf == "weight" and (packing := _packing(info, to, isinstance(module, nn.Embedding))):
+        if fits and leaf == "weight" and (packing := packing_of(info, to, embedding=isinstance(module, nn.Embedding))):
             found[to.name] = packing
     return found
 
 
-def _packing(info: TensorInfo, to: Dense, embedding: bool) -> Packing | None:
+def packing_of(info: TensorInfo, to: Dense, *, embedding: bool) -> Packing | None:
+    """How a tensor of the file stays packed as ``to``; None if it is none, or is changed by more than reordering."""
     shape = tuple(to.transform(torch.empty(info.shape, device="meta")).shape)
     if info.format == "F32" or info.format not in FORMATS or len(info.shape) != 2 or shape != info.shape:
         return None
