@@ -1,4 +1,4 @@
-"""The native executor: against the core's arithmetic in PyTorch and float64 oracles, from store and slots, in any rows."""
+"""The native executor against the core's arithmetic in PyTorch and float64 oracles, from store and slots."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from turbomoe.native.reference import run_experts
 
 E, K, H = 8, 2, 32
 FLOATS = ("F32", "F16", "BF16")
+MIXED = {1: ("Q4_0", "Q4_0", "Q8_0"), 4: ("F32",) * 3, 5: ("Q5_1", "Q8_0", "F16")}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_no_rows_and_no_experts(mixed: Experts, pool: WorkerPool) -> None:
 
 
 def test_without_a_core_pytorch_computes_the_same_blobs(mixed: Experts) -> None:
-    plain = make_experts({1: ("Q4_0", "Q4_0", "Q8_0"), 4: ("F32",) * 3, 5: ("Q5_1", "Q8_0", "F16")}, planar=True)
+    plain = make_experts(MIXED, planar=True)
     for layer in plain.store.layers:
         assert all(torch.equal(plain.store.blob(layer, e), mixed.store.blob(layer, e)) for e in range(E))
     work = random_work(4, E, K, H, 1)
@@ -181,11 +182,9 @@ def steps(runtime: ExpertRuntime, count: int) -> torch.Tensor:
 
 
 def test_tokens_are_the_same_with_and_without_a_cache(mixed: Experts, pool: WorkerPool) -> None:
-    with_cache = cached(mixed, pool)
+    with_cache, without = cached(mixed, pool), ExpertRuntime(mixed.store, ExpertSettings(), "cpu", K, pool=pool)
     assert with_cache.cache is not None
-    assert torch.equal(
-        steps(with_cache, 12), steps(ExpertRuntime(mixed.store, ExpertSettings(), "cpu", K, pool=pool), 12)
-    )
+    assert torch.equal(steps(with_cache, 12), steps(without, 12))
     assert with_cache.cache.counters.hit_rate(Phase.DECODE) > 0.3
     with_cache.check_integrity(compare_bytes=True)
     assert not with_cache.cache.slots.pins.any()
