@@ -40,7 +40,7 @@ class ModelRunner:
         experts = self.model.experts
         if experts is not None:
             experts.begin_step(phase)
-        logits = forward(self.model.shell, ids.to(self.memory.device), self.memory, keep).float()
+        logits = forward(self.model.shell, ids.to(self.memory.device), self.memory, keep, self.model.body).float()
         if not logits.isfinite().all():
             raise ModelError(f"{self.model.name} computed numbers that are not finite", fix=NOT_FINITE)
         self.memory.commit()

@@ -17,6 +17,7 @@ from turbomoe.files.base import ModelSource
 from turbomoe.models.base import Forecast, LoadedModel
 from turbomoe.models.configure import read_config
 from turbomoe.models.families import find_family
+from turbomoe.models.fast import make_body
 from turbomoe.models.names import names_of
 from turbomoe.models.packing import packed_weight_bytes, plan_packing
 from turbomoe.models.plan import LoadPlan, make_plan
@@ -102,6 +103,7 @@ def _load(
         stop_ids=_stop_ids(source, tokenizer),
         sampling=sampling_defaults(source),
         experts=runtime,
+        body=make_body(family.name, shell, layers) if settings.body == "auto" else None,
     )
 
 
