@@ -1,0 +1,112 @@
+"""Attention of one new token a sequence: the direct path of decoding.
+
+The rule, the codes and the exact windows are those of ``attention``. With one query a sequence all scores are small, so
+they are computed first and meet in one softmax; then the values are read. Pages stay page-major: nothing is reordered,
+and float32 pages that lie side by side are not even copied.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from turbomoe.kv.layer import Side, Step
+from turbomoe.kv.pages import PAGE_TOKENS, pages_for
+
+TILE_PAGES = 32
+
+
+def attend_one(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keys: Side, values: Side, step: Step, scale: float
+) -> torch.Tensor:
+    """``attention.attend`` for ``step.count`` 1: float32 [B, 1, query_heads, head_dim].
+
+    What leaves the ring in this step has been encoded when the step began (``SideGroup.encode_leaving``).
+    """
+    batch, heads, _, dim = query.shape
+    q = (query.float() * scale).reshape(batch, key.shape[1], -1, dim)
+    key, value = key.to(keys.exact_dtype), value.to(values.exact_dtype)
+    # Without windows exact pages hold every token, the new one too; else the new one stands beside its windows.
+    paged = keys.is_exact and values.is_exact
+    windows = None if paged else (keys.windows(key, step).float(), values.windows(value, step).float())
+    for side, new in ((keys, key), (values, value)):
+        side.keep(new, step)
+    tiles = _tiles(step, keys, paged)
+    scores = [] if windows is None else [q @ windows[0].mT]
+    if tiles:
+        scores += _code_scores(q, keys, step, tiles)
+    return _mix(torch.cat(scores, -1), windows, values, step, tiles, paged).reshape(batch, 1, heads, dim)
+
+
+def _tiles(step: Step, keys: Side, paged: bool) -> list[tuple[int, int]]:
+    """Page ranges that hold what any sequence sees from pages."""
+    if keys.codec is None:
+        return []
+    pages = pages_for(step.reach if paged else step.reach - 1 - keys.recent - keys.sink)
+    return [(first, min(first + TILE_PAGES, pages)) for first in range(0, pages, TILE_PAGES)]
+
+
+def _code_scores(
+    q: torch.Tensor, keys: Side, step: Step, tiles: list[tuple[int, int]]
+) -> list[torch.Tensor]:  # fmt: skip
+    """Scores against the pages of each tile: [B, kv_heads, group, keys]."""
+    # A key is its code plus the mean, so the mean's score is one number a query, the same for every coded key.
+    offset = None if keys.mean is None else (q * keys.mean[:, None, :]).sum(-1, keepdim=True)
+    q = (q @ keys.rotation() if keys.rotated else q).unsqueeze(1)
+    scores = [(q @ keys.tile(step, *tile).mT).permute(0, 2, 3, 1, 4).flatten(3) for tile in tiles]
+    return scores if offset is None else [s + offset for s in scores]
+
+
+def _mix(
+    scores: torch.Tensor, windows: tuple[torch.Tensor, torch.Tensor] | None, values: Side, step: Step,
+    tiles: list[tuple[int, int]], paged: bool,
+) -> torch.Tensor:  # fmt: skip
+    """The values, weighted by the softmax of scores [B, kv_heads, group, keys]: [B, kv_heads, group, head_dim]."""
+    bias = step.once(("bias", values.sink, values.recent, paged, len(tiles)), lambda: _bias(step, values, tiles, paged))
+    weights = scores.add_(bias).softmax(-1)
+    if windows is None:
+        return _read(weights, values, step, tiles)
+    size = windows[1].shape[2]
+    out = weights[..., :size] @ windows[1]
+    if not tiles:
+        return out
+    coded = weights[..., size:]
+    far = _read(coded, values, step, tiles)
+    if values.rotated:
+        far = far @ values.rotation().t()
+    if values.mean is not None:
+        far = torch.addcmul(far, coded.sum(-1, keepdim=True), values.mean[:, None, :])
+    return out.add_(far)
+
+
+def _read(weights: torch.Tensor, values: Side, step: Step, tiles: list[tuple[int, int]]) -> torch.Tensor:
+    """Pages weighted by [B, kv_heads, group, keys]: [B, kv_heads, group, head_dim], as the codec decodes them."""
+    paged = weights.unflatten(-1, (-1, PAGE_TOKENS)).permute(0, 3, 1, 2, 4)
+    sums = [(paged[:, first:last] @ _seen(values, step, first, last)).sum(1) for first, last in tiles]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+
+def _seen(values: Side, step: Step, first: int, last: int) -> torch.Tensor:
+    """The values of a tile, zero beyond each sequence's end: a weight of 0 would not silence a stale NaN there."""
+    tile = values.tile(step, first, last)
+    behind = values.recent + values.sink
+    if last * PAGE_TOKENS <= step.floor + 1 - behind:
+        return tile
+    index = torch.arange(first * PAGE_TOKENS, last * PAGE_TOKENS, device=tile.device).view(1, -1, 1, PAGE_TOKENS, 1)
+    return tile.masked_fill(index >= (step.starts + 1 - behind).view(-1, 1, 1, 1, 1), 0.0)
+
+
+def _bias(step: Step, side: Side, tiles: list[tuple[int, int]], paged: bool) -> torch.Tensor:
+    """0 where a key is seen and -inf elsewhere, [B, 1, 1, keys]: sinks, ring, new token, pages.
+
+    The new token is not counted among the sinks; ring row r holds the last position that is r modulo ``recent``.
+    """
+    device, t = step.starts.device, step.starts[:, None]
+    index = torch.arange(PAGE_TOKENS * (tiles[-1][1] if tiles else 0), device=device)
+    if paged:
+        visible = index <= t
+    else:
+        sinks, ring = torch.arange(side.sink, device=device) < t, torch.arange(side.recent, device=device)
+        position = t - 1 - (t - 1 - ring).remainder(max(1, side.recent))
+        visible = torch.cat((sinks, position >= side.sink, t >= 0, index < t - side.recent - side.sink), 1)
+    hidden = torch.zeros(visible.shape, device=device).masked_fill_(~visible, float("-inf"))
+    return hidden[:, None, None, :]
