@@ -13,11 +13,13 @@ from torch import nn
 
 from tests import tiny_models as tiny
 from tests.experts.helpers import random_raw
+from tests.real_models import smollm2
 from turbomoe.config import EngineSettings
 from turbomoe.experts.module import StoreExperts
 from turbomoe.experts.native import NativeExecutor
 from turbomoe.files.base import TensorInfo
 from turbomoe.files.blocks import FORMATS, dequantise
+from turbomoe.insight.texts import judgement_text
 from turbomoe.models import LoadedModel, load_model
 from turbomoe.models.packed import PackedEmbedding, PackedLinear, run_together, unpack_rows
 from turbomoe.models.packing import Packing, packing_of
@@ -28,7 +30,9 @@ from turbomoe.native.pool import WorkerPool
 from turbomoe.native.reference import round_activations, run_experts
 from turbomoe.native.repack import unpack
 from turbomoe.native.shared import shared_pool
+from turbomoe.upstream.prompts import encode_text
 
+FLOAT32 = EngineSettings(dtype="float32")
 PICKS = [tiny.q8_0, tiny.mixed]
 KEPT_AS_F32 = ("in_proj_a", "in_proj_b", "shared_expert_gate")  # in the files
 POOLS: dict[str, Callable[[], WorkerPool | None]] = {"core": shared_pool, "pytorch": lambda: None}
@@ -228,3 +232,26 @@ def test_a_scale_that_is_no_number_names_tensor_and_file(tmp_path: Path) -> None
     path.write_bytes(data)
     with pytest.raises(ModelError, match=r"blk\.1\.ffn_up\.weight.*model\.gguf.*no finite number"):
         load(path)
+
+
+@pytest.mark.slow
+def test_smollm2_packed_stays_close_to_float32() -> None:
+    """2,048 tokens of a novel: measured mean KL 0.0029 and 96.4 % same top (standard error 0.4 %)."""
+    path = smollm2()
+    packed, exact = load_model(path, EngineSettings(), attention="sdpa"), load_model(path, FLOAT32, attention="sdpa")
+    assert packed.tokenizer is not None
+    ids = torch.tensor([encode_text(packed.tokenizer, judgement_text())[:2048]])
+    with torch.inference_mode():
+        found, wanted = (model.shell.model(ids).last_hidden_state[0].split(256) for model in (packed, exact))
+        pairs = [(packed.shell.lm_head(x), exact.shell.lm_head(y)) for x, y in zip(found, wanted, strict=True)]
+    divergence = torch.cat([kl(y, x) for x, y in pairs])
+    same = torch.cat([x.argmax(-1) == y.argmax(-1) for x, y in pairs]).float()
+    assert len(same) == 2048
+    assert divergence.mean() < 0.005
+    assert same.mean() > 0.955
+
+
+def kl(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """Divergence of each row of logits, in nats."""
+    p, q = wanted.log_softmax(-1), found.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)

@@ -123,15 +123,17 @@ class KVCache:
             self.reserve(slot, self.host_lengths[slot] + count)
         before = [self.host_lengths[slot] for slot in slots]
         self._active = list(slots)
-        lone = slots[0] if len(slots) == 1 and self.device.type == "cpu" else None
         index = torch.tensor(self._active, dtype=torch.int64, device=self.device)
         rows = (self.lengths[index], self.pages.table[index])
-        self.step = Step(index, *rows, count, floor=min(before), reach=max(before) + count, lone=lone)
+        self.step = Step(index, *rows, count, floor=min(before), reach=max(before) + count, lone=self._lone(slots))
         if count == 1:
             for _, keys, values in self._groups:
                 keys.encode_leaving(self.step)
                 values.encode_leaving(self.step)
         return self.step
+
+    def _lone(self, slots: Sequence[int]) -> int | None:
+        return slots[0] if len(slots) == 1 and self.device.type == "cpu" else None
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """Store and attend in one layer; see ``attention.attend`` for shapes. Returns q's dtype."""

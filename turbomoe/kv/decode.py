@@ -52,8 +52,12 @@ def _code_scores(
     # A key is its code plus the mean, so the mean's score is one number a query, the same for every coded key.
     offset = None if keys.mean is None else (q * keys.mean[:, None, :]).sum(-1, keepdim=True)
     q = (q @ keys.rotation() if keys.rotated else q).unsqueeze(1)
-    scores = [(q @ keys.tile(step, *tile).mT).permute(0, 2, 3, 1, 4).flatten(3) for tile in tiles]
-    return scores if offset is None else [s + offset for s in scores]
+    found = []
+    for first, last in tiles:
+        k, scales = keys.tile(step, first, last)
+        scores = q @ k.mT
+        found.append((scores if scales is None else scores.mul_(scales)).permute(0, 2, 3, 1, 4).flatten(3))
+    return found if offset is None else [scores + offset for scores in found]
 
 
 def _mix(
@@ -61,8 +65,9 @@ def _mix(
     tiles: list[tuple[int, int]], paged: bool,
 ) -> torch.Tensor:  # fmt: skip
     """The values, weighted by the softmax of scores [B, kv_heads, group, keys]: [B, kv_heads, group, head_dim]."""
-    bias = step.once(("bias", values.sink, values.recent, paged, len(tiles)), lambda: _bias(step, values, tiles, paged))
-    weights = scores.add_(bias).softmax(-1)
+    key = ("hidden", values.sink, values.recent, paged, bool(tiles))
+    hidden = step.once(key, lambda: _hidden(step, values, tiles, paged))
+    weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
     if windows is None:
         return _read(weights, values, step, tiles)
     size = windows[1].shape[2]
@@ -79,34 +84,37 @@ def _mix(
 
 
 def _read(weights: torch.Tensor, values: Side, step: Step, tiles: list[tuple[int, int]]) -> torch.Tensor:
-    """Pages weighted by [B, kv_heads, group, keys]: [B, kv_heads, group, head_dim], as the codec decodes them."""
+    """Pages weighted by [B, kv_heads, group, keys]: [B, kv_heads, group, head_dim], in the order of ``tile``."""
     paged = weights.unflatten(-1, (-1, PAGE_TOKENS)).permute(0, 3, 1, 2, 4)
-    sums = [(paged[:, first:last] @ _seen(values, step, first, last)).sum(1) for first, last in tiles]
+    sums = []
+    for first, last in tiles:
+        v, scales = _silenced(values, step, first, last)
+        part = paged[:, first:last]
+        sums.append(((part if scales is None else part * scales) @ v).sum(1))
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 
-def _seen(values: Side, step: Step, first: int, last: int) -> torch.Tensor:
-    """The values of a tile, zero beyond each sequence's end: a weight of 0 would not silence a stale NaN there."""
-    tile = values.tile(step, first, last)
+def _silenced(values: Side, step: Step, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A tile of values, zero beyond each sequence's end: a weight of 0 would not silence a stale NaN there."""
+    v, scales = values.tile(step, first, last)
     behind = values.recent + values.sink
     if last * PAGE_TOKENS <= step.floor + 1 - behind:
-        return tile
-    index = torch.arange(first * PAGE_TOKENS, last * PAGE_TOKENS, device=tile.device).view(1, -1, 1, PAGE_TOKENS, 1)
-    return tile.masked_fill(index >= (step.starts + 1 - behind).view(-1, 1, 1, 1, 1), 0.0)
+        return v, scales
+    index = torch.arange(first * PAGE_TOKENS, last * PAGE_TOKENS, device=v.device).view(1, -1, 1, PAGE_TOKENS, 1)
+    beyond = index >= (step.starts + 1 - behind).view(-1, 1, 1, 1, 1)
+    return v.masked_fill(beyond, 0.0), None if scales is None else scales.masked_fill(beyond.mT, 0.0)
 
 
-def _bias(step: Step, side: Side, tiles: list[tuple[int, int]], paged: bool) -> torch.Tensor:
-    """0 where a key is seen and -inf elsewhere, [B, 1, 1, keys]: sinks, ring, new token, pages.
+def _hidden(step: Step, side: Side, tiles: list[tuple[int, int]], paged: bool) -> torch.Tensor:
+    """Which keys are not seen, bool [B, 1, 1, keys]: sinks, ring, new token, pages.
 
     The new token is not counted among the sinks; ring row r holds the last position that is r modulo ``recent``.
     """
     device, t = step.starts.device, step.starts[:, None]
     index = torch.arange(PAGE_TOKENS * (tiles[-1][1] if tiles else 0), device=device)
     if paged:
-        visible = index <= t
-    else:
-        sinks, ring = torch.arange(side.sink, device=device) < t, torch.arange(side.recent, device=device)
-        position = t - 1 - (t - 1 - ring).remainder(max(1, side.recent))
-        visible = torch.cat((sinks, position >= side.sink, t >= 0, index < t - side.recent - side.sink), 1)
-    hidden = torch.zeros(visible.shape, device=device).masked_fill_(~visible, float("-inf"))
-    return hidden[:, None, None, :]
+        return (index > t)[:, None, None, :]
+    sinks, ring = torch.arange(side.sink, device=device), torch.arange(side.recent, device=device)
+    position = t - 1 - (t - 1 - ring).remainder(max(1, side.recent))
+    parts = (sinks >= t, position < side.sink, t < 0, index >= t - side.recent - side.sink)
+    return torch.cat(parts, 1)[:, None, None, :]

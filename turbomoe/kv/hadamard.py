@@ -86,12 +86,12 @@ def unrotate(y: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=16)
-def rotation(n: int, device: str = "cpu") -> torch.Tensor:
-    """``rotate`` as a matrix, float32 [n, n]: for what is not stored, as a product's bits depend on its batch.
+def rotation(n: int, device: str = "cpu", stride: int = 1) -> torch.Tensor:
+    """``rotate`` as a matrix R, float32 [n, n]: for what is not stored, as a product's bits depend on its batch.
 
-    Row i is the rotated unit vector i, so ``x @ rotation(n)`` rotates and ``y @ rotation(n).t()`` turns back.
+    ``x @ R`` rotates and ``y @ R.t()`` turns back. Columns stand in the order of ``Codec.read``.
     """
-    return rotate(torch.eye(n, device=device))
+    return rotate(torch.eye(n, device=device)).view(n, stride, -1).transpose(1, 2).reshape(n, n)
 
 
 @lru_cache(maxsize=64)

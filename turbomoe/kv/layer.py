@@ -149,23 +149,29 @@ class Side:
         pages = step.pages[:, first_page:last_page]
         return self.codec.decode(tuple(plane[pages].transpose(1, 2).flatten(2, 3) for plane in self.planes))
 
-    def tile(self, step: Step, first_page: int, last_page: int) -> torch.Tensor:
-        """Decode pages [first, last) as they lie: float32 [B, pages, kv_heads, PAGE_TOKENS, head_dim]."""
+    def tile(self, step: Step, first_page: int, last_page: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Read pages [first, last) as they lie, by ``Codec.read``.
+
+        Float32 [B, pages, kv_heads, PAGE_TOKENS, head_dim] and, if there is one, the factor of each key or value as a
+        row, [B, pages, kv_heads, 1, PAGE_TOKENS].
+        """
         assert self.codec is not None
         span = (first_page, last_page)
         where = step.once(("pages", *span), lambda: _span(step.pages[:, first_page:last_page], step.lone is not None))
-        batch = len(step.slots)
         if isinstance(where, slice):
-            return self.codec.decode(tuple(plane[where] for plane in self.planes)).unsqueeze(0)
-        planes = (plane.index_select(0, where) for plane in self.planes)
-        values: torch.Tensor = self.codec.decode(tuple(planes)).unflatten(0, (batch, -1))
-        return values
+            planes = tuple(plane[where] for plane in self.planes)
+        else:
+            planes = tuple(plane.index_select(0, where) for plane in self.planes)
+        values, scales = self.codec.read(planes)
+        shape = (len(step.slots), -1)
+        return values.unflatten(0, shape), None if scales is None else scales.unflatten(0, shape).mT
 
     def rotation(self) -> torch.Tensor:
-        """The rotation as a matrix R, float32 [head_dim, head_dim]: x R is rotated, y R' is turned back."""
+        """The rotation as a matrix R, float32 [head_dim, head_dim], in the order of ``tile``: x R and y R'."""
         from turbomoe.kv.hadamard import rotation
 
-        return rotation(self.ring.shape[-1], str(self.ring.device))
+        assert self.codec is not None
+        return rotation(self.ring.shape[-1], str(self.ring.device), self.codec.stride)
 
     @staticmethod
     def rotate(x: torch.Tensor) -> torch.Tensor:

@@ -81,6 +81,7 @@ def _load(
     if before is not None:
         expert_bytes = sum(layout.num_experts * layout.blob_bytes for layout in layouts)
         before(Forecast(weight_bytes, expert_bytes, layers, config.max_position_embeddings, config))
+    tokenizer = _tokenizer(source)  # before the weights: what it needs for a moment is not on top of them
     meter = Meter(plan.nbytes, progress)
     if pool is None:
         fill_shell(plan, source, shell, dtype, device, meter)
@@ -88,7 +89,6 @@ def _load(
         fill_packed(plan, source, shell, packing, pool, meter)
     _finish(shell, device)
     runtime = _fill_store(plan, source, experts, layouts, settings, routed, pool, meter) if experts else None
-    tokenizer = _tokenizer(source)
     return LoadedModel(
         name=_name(source),
         family=family.name,
