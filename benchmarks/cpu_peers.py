@@ -95,7 +95,7 @@ class GgmlLayer:
 
 
 class TorchInt4Layer:
-    """PyTorch's int4 CPU kernel, groups of 32, bf16 scales and zeros: its own packing of its own rounding of weights."""
+    """PyTorch's int4 CPU kernel, groups of 32, bf16 scales and zeros: its own packing of its own rounding."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], experts: int) -> None:
         packed = {name: self._pack(weight) for name, weight in weights.items()}
