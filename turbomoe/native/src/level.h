@@ -6,8 +6,7 @@
 #include "formats.h"
 
 #define INLINE static inline __attribute__((always_inline))
-#if defined UNROLL /* given: test builds that must compile fast */
-#elif defined __clang__
+#ifdef __clang__
 #define UNROLL _Pragma("unroll")
 #else
 #define UNROLL _Pragma("GCC unroll 8")

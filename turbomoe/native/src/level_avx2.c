@@ -7,8 +7,6 @@
 #include "simd_avx2.h"
 
 #include "kernels.h"
-#include "kernels_panel.h"
-#include "kernels_dot.h"
 #include "kernels_float.h"
 #include "kernels_vector.h"
 
