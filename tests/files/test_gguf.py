@@ -345,7 +345,6 @@ def test_smollm2_is_read_as_the_oracle_reads_it() -> None:
     assert dict(file.metadata) == fields
 
 
-
 def test_sisters_with_equal_headers_and_sizes_have_different_identities(tmp_path: Path) -> None:
     data = np.zeros(40_000, dtype=np.float32)
     identities = []
