@@ -172,7 +172,7 @@ def test_a_batch_is_not_poisoned_by_rows_that_are_not_its_own(type_name):
     cache = cache_of(type_name, type_name, slots=3, layers=1)
     for slot, count in ((0, 200), (1, 50)):
         step_through(cache, [slot], count, slot)
-    for seed in range(2):
+    for seed in range(12):  # with windows, the first NaN leaves the ring for the scratch page after 8 tokens
         q, k, v = fresh(1, seed, 3)
         bad = torch.tensor([1.0, 1.0, float("nan")])[:, None, None, None]
         cache.begin([0, 1, 2], 1)
