@@ -68,14 +68,16 @@ def _mix(
     key = ("hidden", values.sink, values.recent, paged, bool(tiles))
     hidden = step.once(key, lambda: _hidden(step, values, tiles, paged))
     weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
+    # Rows that a sequence does not see may be another's; a lone one's were wiped, and its pages are read in place.
+    silent = None if step.lone is not None else hidden
     if windows is None:
-        return _read(weights, values, step, tiles)
+        return _read(weights, values, step, tiles, silent)
     size = windows[1].shape[2]
     out = weights[..., :size] @ windows[1]
     if not tiles:
         return out
     coded = weights[..., size:]
-    far = _read(coded, values, step, tiles)
+    far = _read(coded, values, step, tiles, None if silent is None else silent[..., size:])
     if values.rotated:
         far = far @ values.rotation().t()
     if values.mean is not None:
@@ -83,26 +85,30 @@ def _mix(
     return out.add_(far)
 
 
-def _read(weights: torch.Tensor, values: Side, step: Step, tiles: list[tuple[int, int]]) -> torch.Tensor:
-    """Pages weighted by [B, kv_heads, group, keys]: [B, kv_heads, group, head_dim], in the order of ``tile``."""
-    paged = weights.unflatten(-1, (-1, PAGE_TOKENS)).permute(0, 3, 1, 2, 4)
+def _read(
+    weights: torch.Tensor, values: Side, step: Step, tiles: list[tuple[int, int]], silent: torch.Tensor | None
+) -> torch.Tensor:
+    """Pages weighted by [B, kv_heads, group, keys]: [B, kv_heads, group, head_dim], in the order of ``tile``.
+
+    ``silent`` bool [B, 1, 1, keys]: rows to be left out even if they hold NaN, which a weight of 0 would not silence.
+    """
+    paged = _by_page(weights)
+    silent = None if silent is None else _by_page(silent)
     sums = []
     for first, last in tiles:
-        v, scales = _silenced(values, step, first, last)
-        part = paged[:, first:last]
-        sums.append(((part if scales is None else part * scales) @ v).sum(1))
+        v, scales = values.tile(step, first, last)
+        part = paged[:, first:last] if scales is None else paged[:, first:last] * scales
+        if silent is not None and scales is not None:
+            part.masked_fill_(silent[:, first:last], 0.0)
+        elif silent is not None:
+            v.masked_fill_(silent[:, first:last].mT, 0.0)
+        sums.append((part @ v).sum(1))
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 
-def _silenced(values: Side, step: Step, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A tile of values, zero beyond each sequence's end: a weight of 0 would not silence a stale NaN there."""
-    v, scales = values.tile(step, first, last)
-    behind = values.recent + values.sink
-    if last * PAGE_TOKENS <= step.floor + 1 - behind:
-        return v, scales
-    index = torch.arange(first * PAGE_TOKENS, last * PAGE_TOKENS, device=v.device).view(1, -1, 1, PAGE_TOKENS, 1)
-    beyond = index >= (step.starts + 1 - behind).view(-1, 1, 1, 1, 1)
-    return v.masked_fill(beyond, 0.0), None if scales is None else scales.masked_fill(beyond.mT, 0.0)
+def _by_page(x: torch.Tensor) -> torch.Tensor:
+    """[B, heads, rows, keys] -> [B, pages, heads, rows, PAGE_TOKENS]"""
+    return x.view(*x.shape[:-1], -1, PAGE_TOKENS).permute(0, 3, 1, 2, 4)
 
 
 def _hidden(step: Step, side: Side, tiles: list[tuple[int, int]], paged: bool) -> torch.Tensor:
