@@ -2,8 +2,8 @@
 
     python export.py out tokenizer.json demo-moe.gguf
 
-Also puts the tokenizer into the folder, so that transformers and turbomoe load that too. The FFN's matrices become Q4_0,
-to which training rounded them; other matrices Q8_0; the router and everything small stay in float32.
+Also puts the tokenizer into the folder, so that transformers and turbomoe load that too. The FFN's matrices become
+Q4_0, to which training rounded them; other matrices Q8_0; the router and everything small stay in float32.
 The transforms are llama.cpp's: norms as 1 + w, decays as -exp(w), value heads tiled instead of grouped by key head.
 """
 
