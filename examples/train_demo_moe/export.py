@@ -2,8 +2,8 @@
 
     python export.py out tokenizer.json demo-moe.gguf
 
-Also puts the tokenizer into the folder, so that transformers and turbomoe load that too. The FFN's matrices become Q4_0,
-to which training rounded them; other matrices Q8_0; the router and everything small stay in float32.
+Also puts the tokenizer into the folder, so that transformers and turbomoe load that too. The FFN's matrices become
+Q4_0, to which training rounded them; other matrices Q8_0; the router and everything small stay in float32.
 The transforms are llama.cpp's: norms as 1 + w, decays as -exp(w), value heads tiled instead of grouped by key head.
 """
 
@@ -189,7 +189,10 @@ def export(folder: Path, tokenizer: Path, path: Path, choose: Callable[[str], Ki
 
 
 def complete_folder(folder: Path, tokenizer: Path) -> None:
-    """Put the tokenizer beside the weights."""
+    """Put the tokenizer and the index of the weights beside them, as transformers wants it."""
+    shards = sorted(folder.glob("model-*.safetensors"))
+    index = {name: path.name for path in shards for name in load_file(path)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     (folder / "tokenizer.json").write_text(tokenizer.read_text("utf-8"))
     fields = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END}
     (folder / "tokenizer_config.json").write_text(json.dumps(fields, indent=1) + "\n")

@@ -3,7 +3,7 @@
     python train.py tokens.xz out --minutes 8
     python train.py tokens.xz out-dense --dense --steps N      # N from the first run's log: the same tokens
 
-Writes ``out/``: model-*.safetensors and config.json as transformers reads them, log.jsonl (loss curve) and report.json.
+Writes ``out/``: model-*.safetensors, config.json, log.jsonl (loss curve) and report.json; ``export.py`` does the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +33,7 @@ BALANCE = 0.005
 """Weight of the balance loss: enough that no expert starves, little enough that domains keep their favourites."""
 WARMUP, DECAY_FROM, NARROW_FROM = 0.02, 0.45, 0.7
 """Parts of the run: rise of the learning rate, start of its fall, start of rounding the experts to Q4_0."""
-SHARD = 15 << 20
+SHARD = 15_900_000
 TINY = Shape(512, 64, 4, 8, 2, 32, 32, 2, 1, 32, 2, 4, 16, context=128)
 
 
@@ -250,7 +249,7 @@ def fastest_product(device: torch.device) -> Product:
         try:
             out = product.multiply(rows, weight, ends)
             results.append([out, *torch.autograd.grad(out.square().mean(), (rows, weight))])
-        except Exception as error:  # noqa: BLE001 (whatever it is, the plain product works)
+        except Exception as error:  # whatever it is, the plain product works
             print(f"the grouped product does not work here ({error}): using blocks of 128 rows", flush=True)
             return plain
     far = max(float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
@@ -266,7 +265,7 @@ def compiled(trainer: Trainer) -> None:
         part.compile(dynamic=False)
     try:
         trainer.train_step(0.0)
-    except Exception:  # noqa: BLE001 (the plain model trains too, slower)
+    except Exception:  # the plain model trains too, slower
         traceback.print_exc()
         print("compiling failed: training without", flush=True)
         for part in parts:
@@ -276,24 +275,23 @@ def compiled(trainer: Trainer) -> None:
 
 
 def save(model: DemoModel, out: Path) -> None:
-    """Write config.json and shards of at most ``SHARD`` bytes: matrices in float16, the router and vectors in float32."""
-    shards: list[dict[str, Tensor]] = [{}]
-    room = SHARD
-    for name, tensor in model.state_dict().items():
-        wide = tensor.dim() == 1 or name.endswith("mlp.gate.weight")
-        tensor = tensor.detach().to("cpu", torch.float32 if wide else torch.float16).contiguous()
-        if tensor.nbytes > room:
-            shards.append({})
-            room = SHARD
-        shards[-1][name] = tensor
-        room -= tensor.nbytes
-    index = {}
+    """Write config.json and shards of about ``SHARD`` bytes: matrices in float16, the router and vectors in float32."""
+    tensors = {name: _narrowed(name, tensor) for name, tensor in model.state_dict().items()}
+    shards: list[dict[str, Tensor]] = []
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].nbytes):
+        fitting = (shard for shard in shards if tensor.nbytes + sum(t.nbytes for t in shard.values()) <= SHARD)
+        if (shard := next(fitting, None)) is None:
+            shards.append(shard := {})
+        shard[name] = tensor
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file(shard, out / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(shard, file)
-    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     (out / "config.json").write_text(json.dumps(model.shape.config() | {"dtype": "float32"}, indent=1) + "\n")
+
+
+def _narrowed(name: str, tensor: Tensor) -> Tensor:
+    wide = tensor.dim() == 1 or name.endswith("mlp.gate.weight")
+    return tensor.detach().to("cpu", torch.float32 if wide else torch.float16).contiguous()
 
 
 def arguments() -> argparse.Namespace:
