@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from turbomoe.native import reference
 from turbomoe.native.kernels import LinearKernel
 from turbomoe.native.layout import FORMATS
 from turbomoe.native.library import Core, NativeError
+from turbomoe.native.packed import PackedMatrix
 from turbomoe.native.pool import WorkerPool
 from turbomoe.native.repack import unpack
 
@@ -22,21 +25,24 @@ ROUNDING = 3e-6
 SHAPES = [(40, 512), (33, 768), (64, 2816), (7, 32), (24, 2880), (5, 4096)]
 
 
-def run(pool: WorkerPool, matrix: object, x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def run(
+    pool: WorkerPool, matrix: PackedMatrix, x: torch.Tensor, dtype: torch.dtype = torch.float32, *, many: bool = False
+) -> torch.Tensor:
     out = torch.full((len(x), matrix.layout.rows), float("nan"), dtype=dtype)
-    LinearKernel(pool, cols=x.shape[1], tokens=len(x)).run([matrix], x, [out])
+    LinearKernel(pool, cols=x.shape[1], tokens=len(x)).run([matrix], x, [out], many=many)
     return out
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 40])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 7, 40])
 def test_against_reference(pool: WorkerPool, level: str, name: str, tokens: int) -> None:
     rng = np.random.default_rng(tokens)
     for rows, cols in SHAPES:
         matrix = random_matrix(rng, name, rows, columns_for(name, cols), pool, bias=True)
         x = torch.from_numpy(rng.standard_normal((tokens, matrix.layout.cols), dtype=np.float32))
-        got = run(pool, matrix, x)
-        assert relative_error(got, reference.linear(matrix, x, quantised=True)) < ROUNDING
+        want = reference.linear(matrix, x, quantised=True)
+        for many in (False, True):
+            assert relative_error(run(pool, matrix, x, many=many), want) < ROUNDING
 
 
 @pytest.mark.parametrize("name", QUANTISED)
@@ -49,18 +55,31 @@ def test_error_no_worse_than_ggml(pool: WorkerPool, level: str, name: str, token
     x = torch.from_numpy(rng.standard_normal((tokens, cols), dtype=np.float32))
     weight = unpack(matrix.blob, name, 256, cols).double()
     exact, ggml = x.double() @ weight.T, ggml_activations(x, name).double() @ weight.T
-    assert relative_error(run(pool, matrix, x), exact) < 1.02 * relative_error(ggml, exact)
+    for many in (False, True):
+        assert relative_error(run(pool, matrix, x, many=many), exact) < 1.02 * relative_error(ggml, exact)
 
 
 def test_rows_do_not_depend_on_company(pool: WorkerPool, level: str) -> None:
-    """A token's result is bit-equal whether it comes alone or with up to 7 others."""
+    """A token's result is bit-equal whether it comes alone or with others, however many."""
     rng = np.random.default_rng(3)
-    for name in QUANTISED:
-        matrix = random_matrix(rng, name, 24, columns_for(name, 1312), pool)
-        x = torch.from_numpy(rng.standard_normal((8, matrix.layout.cols), dtype=np.float32))
+    for name in sorted(FORMATS):
+        matrix = random_matrix(rng, name, 40, columns_for(name, 1312), pool)
+        x = torch.from_numpy(rng.standard_normal((17, matrix.layout.cols), dtype=np.float32))
         alone = torch.cat([run(pool, matrix, row.unsqueeze(0)) for row in x])
-        for company in range(2, 9):
+        for company in (*range(2, 10), 17):
             assert torch.equal(run(pool, matrix, x[:company].contiguous()), alone[:company])
+
+
+def test_results_do_not_depend_on_threads(core: Core, level: str) -> None:
+    """Which worker computes what is chance; no bit of the result is, with either kind of kernel."""
+    rng = np.random.default_rng(4)
+    pools = [WorkerPool(core, threads, hot_us=100) for threads in (1, 2, 5)]
+    for name in ("Q4_K", "Q6_K", "Q8_0"):
+        matrix = random_matrix(rng, name, 200, 512)
+        for tokens, many in itertools.product((1, 6, 20), (False, True)):
+            x = torch.from_numpy(rng.standard_normal((tokens, 512), dtype=np.float32))
+            first = run(pools[0], matrix, x, many=many)
+            assert all(torch.equal(run(p, matrix, x, many=many), first) for p in pools for _ in range(10))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -79,7 +98,7 @@ def test_every_float_rounds_to_half_types_like_torch(pool: WorkerPool, values: l
     x = torch.tensor(values).nan_to_num(nan=float("nan"))
     identity = torch.eye(32)
     x = torch.where(torch.isfinite(x), x, torch.zeros(())).unsqueeze(0)  # inf * 0 would be NaN on other rows
-    matrix = reference.PackedMatrix.from_raw(identity.view(torch.uint8), "F32", 32, 32, pool)
+    matrix = PackedMatrix.from_raw(identity.view(torch.uint8), "F32", 32, 32, pool)
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(run(pool, matrix, x, dtype), (x + 0.0).to(dtype))
 

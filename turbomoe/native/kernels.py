@@ -77,8 +77,9 @@ class ExpertsKernel:
             weakref.finalize(self, _free, pool.core.experts_work_free, self._call.work, pool)
 
     def prepare(
-        self, layer: PackedExperts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
-    ) -> None:
+        self, layer: PackedExperts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, out: torch.Tensor,
+        *, many: bool = False,
+    ) -> None:  # fmt: skip
         """Point the call at its tensors: hidden, out float [rows, hidden]; ids int64, weights float32 [rows, top]."""
         call, rows = self._call, len(hidden)
         _check_shape(hidden, (rows, layer.shape.hidden), "hidden")
@@ -90,20 +91,24 @@ class ExpertsKernel:
             raise NativeError("Routing weights must be float32")
         call.layer = ctypes.pointer(layer.c)
         call.rows, call.top = ids.shape
+        call.many = many
         call.hidden_type, call.out_type = _type_of(hidden, "hidden"), _type_of(out, "out")
         call.hidden, call.out = hidden.data_ptr(), out.data_ptr()
         call.ids, call.weights = ids.data_ptr(), weights.data_ptr()
         self._keep = (layer, hidden, ids, weights, out)
 
     def submit(
-        self, layer: PackedExperts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
-    ) -> None:
+        self, layer: PackedExperts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, out: torch.Tensor,
+        *, many: bool = False,
+    ) -> None:  # fmt: skip
         """Start ``out = sum_k weights[:, k] * expert ids[:, k](hidden)``; negative ids are left out.
 
-        The tensors stay the caller's, who may not change them before ``wait``. ``NativeError`` for tensors that do
-        not fit and for ids that the layer does not have.
+        ``many`` is for prefill: faster where an expert has 5 rows or more, but then the last bits of a row depend on
+        how many share its experts. Without it rows are bit-equal in any company. The tensors stay the caller's, who
+        may not change them before ``wait``. ``NativeError`` for tensors that do not fit and for ids that the layer
+        does not have.
         """
-        self.prepare(layer, hidden, ids, weights, out)
+        self.prepare(layer, hidden, ids, weights, out, many=many)
         if self._pool is not None:
             check_status(self._pool.core.experts_submit(self.address))
             return
@@ -118,10 +123,11 @@ class ExpertsKernel:
         self._keep = ()
 
     def run(
-        self, layer: PackedExperts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
-    ) -> None:
+        self, layer: PackedExperts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, out: torch.Tensor,
+        *, many: bool = False,
+    ) -> None:  # fmt: skip
         """``submit`` and ``wait``."""
-        self.submit(layer, hidden, ids, weights, out)
+        self.submit(layer, hidden, ids, weights, out, many=many)
         self.wait()
 
 
@@ -139,23 +145,30 @@ class LinearKernel:
                 raise NativeError("No room for a linear kernel", why=f"{tokens} rows of {cols}")
             weakref.finalize(self, _free, pool.core.linear_work_free, self._call.work, pool)
 
-    def run(self, matrices: Sequence[PackedMatrix], x: torch.Tensor, outs: Sequence[torch.Tensor]) -> None:
-        """outs[i] = x @ matrices[i].T + bias, for up to 8 matrices that share x; outs float [tokens, rows]."""
+    def run(
+        self, matrices: Sequence[PackedMatrix], x: torch.Tensor, outs: Sequence[torch.Tensor], *, many: bool = False
+    ) -> None:
+        """outs[i] = x @ matrices[i].T + bias, for up to 8 matrices that share x; outs float [tokens, rows].
+
+        ``many`` as for experts: the faster kernels for 5 tokens and more.
+        """
         if self._pool is None:
             for matrix, out in zip(matrices, outs, strict=True):
                 out.copy_(reference.linear(matrix, x))
             return
-        self.prepare(matrices, x, outs)
+        self.prepare(matrices, x, outs, many=many)
         self._pool.core.linear_run(self.address)
         check_status(self._call.status)
 
-    def prepare(self, matrices: Sequence[PackedMatrix], x: torch.Tensor, outs: Sequence[torch.Tensor]) -> None:
+    def prepare(
+        self, matrices: Sequence[PackedMatrix], x: torch.Tensor, outs: Sequence[torch.Tensor], *, many: bool = False
+    ) -> None:
         """Point the call at its tensors, which must stay until it is done."""
         call = self._call
         self._keep = (tuple(matrices), x, tuple(outs))
         if not 0 < len(matrices) <= LINEAR_MATRICES or len({out.dtype for out in outs}) != 1:
             raise NativeError(f"A linear call takes 1 to {LINEAR_MATRICES} matrices with results of one type")
-        call.count, call.tokens = len(matrices), len(x)
+        call.count, call.tokens, call.many = len(matrices), len(x), many
         call.x, call.x_type = x.data_ptr(), _type_of(x, "x")
         for i, (matrix, out) in enumerate(zip(matrices, outs, strict=True)):
             layout, bias = matrix.layout, matrix.bias

@@ -14,7 +14,7 @@ from turbomoe.errors import TurbomoeError
 from turbomoe.native.build import LIBRARY_NAME, SOURCE_DIR, build_id, is_current
 from turbomoe.notices import Notice, board
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LEVELS = ("avx512", "avx2", "portable")
 TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}  # of activations and results, by torch's names
 GATES = {"silu": 0, "gelu_tanh": 1, "swiglu_clipped": 2}
@@ -50,7 +50,7 @@ class CExpertsCall(c.Structure):
     _fields_ = [
         ("work", c.c_void_p),
         ("layer", c.POINTER(CExperts)),
-        *[(n, c.c_int) for n in ("rows", "top", "hidden_type", "out_type")],
+        *[(n, c.c_int) for n in ("rows", "top", "hidden_type", "out_type", "many")],
         *[(n, c.c_void_p) for n in ("hidden", "ids", "weights", "out")],
         ("status", c.c_int),
     ]
@@ -73,7 +73,7 @@ class CLinearCall(c.Structure):
         ("work", c.c_void_p),
         *[(n, c.c_int) for n in ("count", "tokens")],
         ("x", c.c_void_p),
-        *[(n, c.c_int) for n in ("x_type", "out_type", "status")],
+        *[(n, c.c_int) for n in ("x_type", "out_type", "many", "status")],
         ("matrices", CLinear * LINEAR_MATRICES),
     ]
 

@@ -15,6 +15,9 @@ static int has_avx2(void)
 
 static int has_avx512(void)
 {
+#ifdef TM_EMULATED_AVX512 /* a test build: tests/native/emulated */
+    return 1;
+#endif
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
            && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
            && __builtin_cpu_supports("avx512vnni");

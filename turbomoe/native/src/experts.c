@@ -17,6 +17,14 @@ static const char *blob_of(const tm_experts_work *w, const tm_slot *slot)
     return w->call->layer->blobs[slot->expert];
 }
 
+/* One of the layer's matrices in a blob. */
+static tm_matrix matrix_at(const tm_matrix *any, const char *blob, int64_t at)
+{
+    tm_matrix m = *any;
+    m.blob = (const uint8_t *)blob + at;
+    return m;
+}
+
 /* Bias of row `row`, or NULL. */
 static const float *bias_at(const char *blob, int64_t at, long row)
 {
@@ -37,13 +45,11 @@ static void inside_rows(tm_experts_work *w, const tm_slot *slot, long row, long 
 {
     const tm_experts *l = w->call->layer;
     const char *blob = blob_of(w, slot);
-    tm_matrix gate, up;
-    tm_matrix_view(&gate, l->gate_format, l->width, l->hidden, blob + l->gate_at);
-    tm_matrix_view(&up, l->up_format, l->width, l->hidden, blob + l->up_at);
+    const tm_matrix gate = matrix_at(&w->gate, blob, l->gate_at), up = matrix_at(&w->up, blob, l->up_at);
     float *h = w->h.floats + slot->first * l->width + row;
     int pairs = (int)slot->count;
-    w->level->dot[l->gate_format](&gate, row, n, w->x_of + slot->first, pairs, h, l->width);
-    w->level->dot[l->up_format](&up, row, n, w->x_of + slot->first, pairs, scratch, n);
+    w->dot[l->gate_format](&gate, row, n, w->x_of + slot->first, pairs, h, l->width);
+    w->dot[l->up_format](&up, row, n, w->x_of + slot->first, pairs, scratch, n);
     for (long p = 0; p < pairs; p++) {
         add_bias(h + p * l->width, bias_at(blob, l->gate_bias_at, row), n);
         add_bias(scratch + p * n, bias_at(blob, l->up_bias_at, row), n);
@@ -114,9 +120,8 @@ static void output(tm_experts_work *w, long begin, long end, float *scratch)
     n = row + n > l->hidden ? l->hidden - row : n;
     for (long s = 0; s < w->routes.slots; s++) {
         const tm_slot *slot = &w->routes.slot[s];
-        tm_matrix down;
-        tm_matrix_view(&down, l->down_format, l->hidden, l->width, blob_of(w, slot) + l->down_at);
-        w->level->dot[l->down_format](&down, row, n, w->h_of + slot->first, (int)slot->count,
+        const tm_matrix down = matrix_at(&w->down, blob_of(w, slot), l->down_at);
+        w->dot[l->down_format](&down, row, n, w->h_of + slot->first, (int)slot->count,
                                       scratch + slot->first * n, n);
     }
     for (long r = 0; r < w->call->rows; r++)
@@ -150,14 +155,14 @@ void tm_experts_work_units(tm_task *task, int phase, long begin, long end, int w
 static int check(const tm_experts_call *call)
 {
     const tm_experts *l = call->layer;
-    const tm_experts_room *room = &call->work->room;
-    tm_matrix m;
+    tm_experts_work *w = call->work;
+    const tm_experts_room *room = &w->room;
     if (call->rows < 1 || call->top < 1 || call->rows > room->rows || call->top > room->top || l->hidden > room->hidden
         || l->width > room->width || l->experts > room->experts)
         return TM_ERR_ROOM;
-    if (!tm_matrix_view(&m, l->gate_format, l->width, l->hidden, NULL)
-        || !tm_matrix_view(&m, l->up_format, l->width, l->hidden, NULL)
-        || !tm_matrix_view(&m, l->down_format, l->hidden, l->width, NULL)
+    if (!tm_matrix_view(&w->gate, l->gate_format, l->width, l->hidden, NULL)
+        || !tm_matrix_view(&w->up, l->up_format, l->width, l->hidden, NULL)
+        || !tm_matrix_view(&w->down, l->down_format, l->hidden, l->width, NULL)
         || tm_is_float(l->gate_format) != tm_is_float(l->up_format)) /* they share one form of the input */
         return TM_ERR_SHAPE;
     int types = call->hidden_type >= 0 && call->hidden_type < TM_TYPES && call->out_type >= 0
@@ -206,7 +211,8 @@ int tm_experts_submit(tm_experts_call *call)
     w->level = tm_level_now();
     w->x_quantised = !tm_is_float(l->gate_format) || !tm_is_float(l->up_format);
     w->h_quantised = !tm_is_float(l->down_format);
-    w->unit = tm_unit_rows(w->routes.slots ? (double)w->routes.pairs / (double)w->routes.slots : 0);
+    w->dot = call->many ? w->level->dot_many : w->level->dot;
+    w->unit = tm_unit_rows(call->many);
     point_inputs(w, l);
     set_units(w);
     if (call->rows == 1)

@@ -35,6 +35,7 @@ typedef struct {
     const tm_experts *layer;
     int rows, top;
     int hidden_type, out_type;     /* TM_TYPE_... */
+    int many;                      /* prefill: the faster kernels for many tokens, see tm_level.dot_many */
     const void *hidden;            /* [rows][hidden] */
     const int64_t *ids;            /* [rows][top]; a negative id is left out of the sum */
     const float *weights;          /* [rows][top] */

@@ -10,10 +10,12 @@ struct tm_experts_work {
     tm_task task;              /* first: the pool hands it back */
     tm_pool *pool;
     const tm_level *level;
+    tm_dot *const *dot;        /* the level's, for this call */
     const tm_experts_call *call;
     tm_experts_room room;
     tm_routes routes;
     tm_inputs x, h;            /* the rows; the inside of every pair */
+    tm_matrix gate, up, down;  /* of any expert: the blob is to be filled in */
     int x_quantised, h_quantised;
     int unit;                  /* output rows of a unit */
     long h_units, h_groups;    /* of one slot */

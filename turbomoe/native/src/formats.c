@@ -9,11 +9,11 @@ static const int scale_bytes[] = {0, 2, 1, 1, 2}, min_bytes[] = {0, 2, 1};
 static void row_bytes(tm_matrix *m, const tm_format *f, long cols)
 {
     long groups = cols / TM_GROUP, supers = cols / TM_SUPER;
-    m->codes_row = cols * f->code_bits / 8;
-    m->high_row = f->high_bits * 32 * ((cols + TM_SUPER - 1) / TM_SUPER);
-    m->scales_row = groups * scale_bytes[f->scale];
-    m->mins_row = groups * min_bytes[f->min];
-    m->supers_row = f->scale == TM_SCALE_TWO ? 4 * supers : f->scale == TM_SCALE_HALF ? 2 * supers : 0;
+    m->row[TM_CODES] = cols * f->code_bits / 8;
+    m->row[TM_HIGH] = f->high_bits * 32 * ((cols + TM_SUPER - 1) / TM_SUPER);
+    m->row[TM_SCALES] = groups * scale_bytes[f->scale];
+    m->row[TM_MINS] = groups * min_bytes[f->min];
+    m->row[TM_SUPERS] = f->scale == TM_SCALE_TWO ? 4 * supers : f->scale == TM_SCALE_HALF ? 2 * supers : 0;
 }
 
 /* Kernels read whole steps of TM_STEP values. Where a row is no whole number of steps the last row's reads run
@@ -24,14 +24,6 @@ long tm_plane_bytes(const tm_matrix *m, long row)
     return tm_round_up(row * m->rows + slack, TM_ALIGN);
 }
 
-static size_t place(const tm_matrix *m, const uint8_t **plane, const void *blob, size_t at, long row)
-{
-    if (!row)
-        return at;
-    *plane = blob ? (const uint8_t *)blob + at : NULL;
-    return at + (size_t)tm_plane_bytes(m, row);
-}
-
 size_t tm_matrix_view(tm_matrix *m, int format, int rows, int cols, const void *blob)
 {
     memset(m, 0, sizeof *m);
@@ -40,11 +32,12 @@ size_t tm_matrix_view(tm_matrix *m, int format, int rows, int cols, const void *
     const tm_format *f = &tm_formats[format];
     if (cols % f->block)
         return 0;
-    m->format = format, m->rows = rows, m->cols = cols;
+    m->format = format, m->rows = rows, m->cols = cols, m->blob = blob;
     row_bytes(m, f, cols);
-    size_t at = place(m, &m->codes, blob, 0, m->codes_row);
-    at = place(m, &m->high, blob, at, m->high_row);
-    at = place(m, &m->scales, blob, at, m->scales_row);
-    at = place(m, &m->mins, blob, at, m->mins_row);
-    return place(m, &m->supers, blob, at, m->supers_row);
+    long at = 0;
+    for (int p = 0; p < TM_PLANES; p++) {
+        m->at[p] = at;
+        at += m->row[p] ? tm_plane_bytes(m, m->row[p]) : 0;
+    }
+    return (size_t)at;
 }

@@ -46,7 +46,7 @@ static const tm_format tm_formats[TM_FORMATS] = {
     [TM_Q5_1] = {"Q5_1", 32, 24, 4, 1, TM_SCALE_F16, TM_MIN_F16, 0, 0},
     [TM_Q8_0] = {"Q8_0", 32, 34, 8, 0, TM_SCALE_F16, TM_MIN_NONE, 0, 0},
     [TM_IQ4_NL] = {"IQ4_NL", 32, 18, 4, 0, TM_SCALE_F16, TM_MIN_NONE, 0, 1},
-    [TM_MXFP4] = {"MXFP4", 32, 17, 4, 0, TM_SCALE_E8M0, TM_MIN_NONE, 0, 1},
+    [TM_MXFP4] = {"MXFP4", 32, 17, 4, 0, TM_SCALE_E8M0, TM_MIN_NONE, 12, 1},
     [TM_Q4_K] = {"Q4_K", 256, 144, 4, 0, TM_SCALE_TWO, TM_MIN_TWO, 0, 0},
     [TM_Q5_K] = {"Q5_K", 256, 176, 4, 1, TM_SCALE_TWO, TM_MIN_TWO, 0, 0},
     [TM_Q6_K] = {"Q6_K", 256, 210, 4, 2, TM_SCALE_HALF, TM_MIN_NONE, 32, 0},
@@ -55,20 +55,29 @@ static const tm_format tm_formats[TM_FORMATS] = {
     [TM_F32] = {"F32", 1, 4, 32, 0, TM_SCALE_NONE, TM_MIN_NONE, 0, 0},
 };
 
-/* Values from the GGUF format; MXFP4 holds twice the value of its four-bit float, its scale is halved instead. */
+/* Values from the GGUF format. MXFP4 holds twice the value of its four-bit float, plus 12: its scale is halved, and
+ * as an unsigned table it needs no signed products. */
 static const int8_t tm_table_iq4nl[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-static const int8_t tm_table_mxfp4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+static const int8_t tm_table_mxfp4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
-/* Where one matrix lies: pointers into its blob (NULL where a plane is absent) and bytes per row of each plane. */
+enum { TM_CODES, TM_HIGH, TM_SCALES, TM_MINS, TM_SUPERS, TM_PLANES };
+
+/* Where one matrix lies: its blob, and for each plane its byte offset there and its bytes per row (0: no such plane). */
 typedef struct {
     int format, rows, cols;
-    const uint8_t *codes, *high, *scales, *mins, *supers;
-    long codes_row, high_row, scales_row, mins_row, supers_row;
+    const uint8_t *blob;
+    long at[TM_PLANES], row[TM_PLANES];
 } tm_matrix;
 
 /* Fill `m` for a matrix that starts at `blob` (64-byte aligned). Returns its packed bytes, or 0 for a shape or a
- * format that does not exist. `blob` may be NULL to ask for the size. */
+ * format that does not exist. `blob` may be NULL, to ask for the size or to fill it in later. */
 size_t tm_matrix_view(tm_matrix *m, int format, int rows, int cols, const void *blob);
+
+/* Row `r` of a plane. */
+static inline const uint8_t *tm_row(const tm_matrix *m, int plane, long r)
+{
+    return m->blob + m->at[plane] + r * m->row[plane];
+}
 
 /* Bytes of a plane with `row` bytes per row, slack and alignment included. */
 long tm_plane_bytes(const tm_matrix *m, long row);

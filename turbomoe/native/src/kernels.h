@@ -1,12 +1,12 @@
 /* The row kernels, written once and compiled for every dispatch level.
  *
- * A level_*.c file includes one simd_*.h, which defines LANES (4, 8 or 16), TILE, the types vf (LANES floats), vi (LANES
- * int32) and vb (4 * LANES bytes), and primitives on them, and then this file.
+ * A level_*.c file includes one simd_*.h, which defines LANES (4, 8 or 16), TILE and PANEL_TILE (tokens at a time, as many as
+ * registers hold), the types vf (LANES floats), vi (LANES int32) and vb (4 * LANES bytes), and primitives on them.
  *
  * A step is LANES groups of 32 values. It has 4 blocks; a block is one vb of first halves (value 0..15 of each of
  * its LANES / 4 groups) and one vb of second halves. So every group owns 4 int32 lanes of a dot product, and a
- * vector of LANES group factors is spread to them by vf_spread(p, block). Rows may end inside a step: activations
- * are zero there, and what the weights read is finite (formats.c).
+ * vector of LANES group factors is put in order by vf_order, once, and then spread to them by vf_spread(p, block).
+ * Rows may end inside a step: activations are zero there, and what the weights read is finite (formats.c).
  */
 
 /* Measured: the second-level cache, 8 KiB ahead. Into the first level, or nearer, halves the read rate. */
@@ -20,8 +20,8 @@ typedef struct {
 
 INLINE row_at row_of(const tm_matrix *m, long r)
 {
-    return (row_at){m->codes + r * m->codes_row, m->high + r * m->high_row, m->scales + r * m->scales_row,
-                    m->mins + r * m->mins_row, m->supers + r * m->supers_row};
+    return (row_at){tm_row(m, TM_CODES, r), tm_row(m, TM_HIGH, r), tm_row(m, TM_SCALES, r), tm_row(m, TM_MINS, r),
+                    tm_row(m, TM_SUPERS, r)};
 }
 
 /* Factors of the groups of one step: w = scale * code - less (scale2 for second halves, Q6_K only). */
@@ -52,7 +52,7 @@ INLINE step_factors factors(const int F, const tm_matrix *m, row_at w, long g)
 }
 
 /* Does this format's kernel see signed codes? Then a level may have moved them up by SIGNED_ZERO. */
-#define SIGNED(F) (tm_formats[F].table || tm_formats[F].code_bits == 8)
+#define SIGNED(F) ((F) == TM_IQ4_NL || tm_formats[F].code_bits == 8)
 #define ZERO(F) (float)(SIGNED(F) ? SIGNED_ZERO : tm_formats[F].zero)
 
 /* The codes of block `b` of the step at group `g`: first halves in lo, second halves in hi. */
@@ -72,6 +72,10 @@ INLINE void codes(const int F, const tm_matrix *m, row_at w, long g, int b, vb *
         const int8_t *table = F == TM_MXFP4 ? tm_table_mxfp4 : tm_table_iq4nl;
         *lo = vb_table(table, *lo);
         *hi = vb_table(table, *hi);
+        if (SIGNED(F)) {
+            *lo = vb_signed(*lo);
+            *hi = vb_signed(*hi);
+        }
     }
     if (f->high_bits == 1)
         vb_high1(w.high, g, b, &lo_bits, &hi_bits);
@@ -100,16 +104,15 @@ INLINE void prefetch_plane(const uint8_t *row, long bytes, long ahead)
         PREFETCH(row + ahead * bytes + i);
 }
 
-INLINE void prefetch_row(const int F, const tm_matrix *m, row_at w)
+INLINE void prefetch_row(const int F, const tm_matrix *m, row_at w, long ahead)
 {
-    long ahead = PREFETCH_BYTES / m->codes_row + 1;
-    prefetch_plane(w.scales, m->scales_row, ahead);
+    prefetch_plane(w.scales, m->row[TM_SCALES], ahead);
     if (tm_formats[F].high_bits)
-        prefetch_plane(w.high, m->high_row, ahead);
+        prefetch_plane(w.high, m->row[TM_HIGH], ahead);
     if (tm_formats[F].min)
-        prefetch_plane(w.mins, m->mins_row, ahead);
+        prefetch_plane(w.mins, m->row[TM_MINS], ahead);
     if (tm_formats[F].scale >= TM_SCALE_TWO)
-        prefetch_plane(w.supers, m->supers_row, ahead);
+        prefetch_plane(w.supers, m->row[TM_SUPERS], ahead);
 }
 
 /* Products of one block with one activation, added to the accumulator `sum`. */
@@ -142,32 +145,35 @@ INLINE vf step_less(const int F, step_factors s, tm_act x, long g, vf sum)
 
 /* One step of one row against T activations. Two accumulators each, whatever T, so that a token's result does not
  * depend on how many tokens came with it. */
-INLINE void step(const int F, const tm_matrix *m, row_at w, long g, const int blocks, const int T, const tm_act *x,
+INLINE void step(const int F, const tm_matrix *m, row_at w, long g, int blocks, const int T, const tm_act *x,
                  vf (*sum)[2])
 {
     step_factors s = factors(F, m, w, g);
     vf p[4], p2[4];
     UNROLL for (int t = 0; t < T; t++) {
-        p[t] = vf_mul(s.scale, vf_load(x[t].scale + g));
-        p2[t] = vf_mul(s.scale2, vf_load(x[t].scale + g));
+        p[t] = vf_order(vf_mul(s.scale, vf_load(x[t].scale + g)));
+        p2[t] = vf_order(vf_mul(s.scale2, vf_load(x[t].scale + g)));
         sum[t][0] = step_less(F, s, x[t], g, sum[t][0]);
     }
-    UNROLL for (int b = 0; b < blocks; b++) {
+    UNROLL for (int b = 0; b < 4; b++) {
         vb lo, hi;
+        if (b >= blocks)
+            break;
         codes(F, m, w, g, b, &lo, &hi);
         UNROLL for (int t = 0; t < T; t++)
             sum[t][b % 2] = block_dot(F, lo, hi, x[t], g, b, p[t], p2[t], sum[t][b % 2]);
     }
 }
 
-INLINE void row_dot(const int F, const tm_matrix *m, long r, const int T, const tm_act *x, float *out, long stride)
+INLINE void row_dot(const int F, const tm_matrix *m, long r, long ahead, const int T, const tm_act *x, float *out,
+                    long stride)
 {
     row_at w = row_of(m, r);
     long groups = m->cols / TM_GROUP, g = 0;
     vf sum[4][2];
     UNROLL for (int t = 0; t < T; t++)
         sum[t][0] = sum[t][1] = vf_zero();
-    prefetch_row(F, m, w);
+    prefetch_row(F, m, w, ahead);
     for (; g + LANES <= groups; g += LANES) {
         prefetch_step(F, m, w, g);
         step(F, m, w, g, 4, T, x, sum);
@@ -181,8 +187,9 @@ INLINE void row_dot(const int F, const tm_matrix *m, long r, const int T, const 
 INLINE void rows_dot(const int F, const tm_matrix *m, long first, long n, const int T, const tm_act *x, float *out,
                      long stride)
 {
+    long ahead = PREFETCH_BYTES / m->row[TM_CODES] + 1;
     for (long i = 0; i < n; i++)
-        row_dot(F, m, first + i, T, x, out + i, stride);
+        row_dot(F, m, first + i, ahead, T, x, out + i, stride);
 }
 
 /* Tokens in tiles of at most TILE (simd_*.h): as many as keep their accumulators in registers. */
@@ -205,12 +212,3 @@ INLINE void dot(const int F, const tm_matrix *m, long first, long n, const void 
             rows_dot(F, m, first, n, 1, act, to, stride);
     }
 }
-
-#define DOT(F)                                                                                                         \
-    static void dot_##F(const tm_matrix *m, long first, long n, const void *const *x, int tokens, float *out,          \
-                        long stride)                                                                                   \
-    {                                                                                                                  \
-        dot(F, m, first, n, x, tokens, out, stride);                                                                   \
-    }
-DOT(TM_Q4_0) DOT(TM_Q4_1) DOT(TM_Q5_0) DOT(TM_Q5_1) DOT(TM_Q8_0) DOT(TM_IQ4_NL) DOT(TM_MXFP4)
-DOT(TM_Q4_K) DOT(TM_Q5_K) DOT(TM_Q6_K)

@@ -42,6 +42,6 @@ INLINE float float_row(const int F, const uint8_t *w, const float *x, long cols)
     {                                                                                                                  \
         for (long i = 0; i < n; i++)                                                                                   \
             for (int t = 0; t < tokens; t++)                                                                           \
-                out[t * stride + i] = float_row(F, m->codes + (first + i) * m->codes_row, x[t], m->cols);              \
+                out[t * stride + i] = float_row(F, tm_row(m, TM_CODES, first + i), x[t], m->cols);              \
     }
 DOT_FLOAT(TM_F16) DOT_FLOAT(TM_BF16) DOT_FLOAT(TM_F32)

@@ -33,12 +33,14 @@ static void quantise(const float *x, tm_act to, long first, long n)
         int32_t q[TM_GROUP], sum = 0, sum2 = 0;
         for (int i = 0; i < TM_GROUP; i++)
             q[i] = inverse == 0.0f ? 0 : nearest(from[i] * inverse);
-        for (int i = 0; i < 16; i++) {
+        for (int i = 0; i < 16; i++)
             to.first[g * 16 + i] = (int8_t)q[i];
+        for (int i = 0; i < 16; i++)
             to.second[g * 16 + i] = (int8_t)q[16 + i];
+        for (int i = 0; i < 16; i++)
             sum += q[i];
-            sum2 += q[16 + i];
-        }
+        for (int i = 16; i < 32; i++)
+            sum2 += q[i];
         float scale = most < 0x1p120f ? most / 127.0f : (float)NAN;
         to.scale[g] = scale;
         to.sum[g] = scale * (float)(sum + sum2);

@@ -7,6 +7,8 @@
 #include "simd_portable.h"
 
 #include "kernels.h"
+#include "kernels_panel.h"
+#include "kernels_dot.h"
 #include "kernels_float.h"
 #include "kernels_vector.h"
 
@@ -14,6 +16,8 @@ const tm_level tm_level_portable = {
     .name = "portable",
     .dot = {dot_TM_Q4_0, dot_TM_Q4_1, dot_TM_Q5_0, dot_TM_Q5_1, dot_TM_Q8_0, dot_TM_IQ4_NL, dot_TM_MXFP4,
             dot_TM_Q4_K, dot_TM_Q5_K, dot_TM_Q6_K, dot_TM_F16, dot_TM_BF16, dot_TM_F32},
+    .dot_many = {many_TM_Q4_0, many_TM_Q4_1, many_TM_Q5_0, many_TM_Q5_1, many_TM_Q8_0, many_TM_IQ4_NL, many_TM_MXFP4,
+                 many_TM_Q4_K, many_TM_Q5_K, many_TM_Q6_K, dot_TM_F16, dot_TM_BF16, dot_TM_F32},
     .quantise = quantise,
     .gate = gate,
     .widen = widen_floats,

@@ -85,7 +85,8 @@ static void compute(const tm_linear_work *work, int matrix, long begin, long end
     const void *const *x = tm_is_float(l->format) ? work->rows : work->quantised_rows;
     long row = begin * work->unit, n = (end - begin) * work->unit;
     n = row + n > l->rows ? l->rows - row : n;
-    work->level->dot[l->format](&work->views[matrix], row, n, x, work->call->tokens, scratch, n);
+    tm_dot *const *dot = work->call->many ? work->level->dot_many : work->level->dot;
+    dot[l->format](&work->views[matrix], row, n, x, work->call->tokens, scratch, n);
     write_out(work, l, scratch, row, n);
 }
 
@@ -129,7 +130,7 @@ static int prepare(tm_linear_call *call)
         return TM_ERR_TYPE;
     work->call = call;
     work->level = tm_level_now();
-    work->unit = tm_unit_rows(call->tokens);
+    work->unit = tm_unit_rows(call->many);
     return view_matrices(work, call);
 }
 

@@ -27,6 +27,7 @@ typedef struct {
     int count, tokens;
     const void *x;             /* [tokens][cols] of type x_type */
     int x_type, out_type;
+    int many;                  /* prefill: the faster kernels for many tokens, see tm_level.dot_many */
     int status;                /* TM_OK or an error, set by submit */
     tm_linear matrices[TM_LINEAR_MATRICES];
 } tm_linear_call;

@@ -12,22 +12,20 @@ typedef struct {
 static int finite16(const uint8_t *p) { return (p[1] & 0x7c) != 0x7c; }
 static int finite_bf16(const uint8_t *p) { return (p[1] & 0x7f) != 0x7f || !(p[0] & 0x80); }
 
-/* Put the bits of value `j` (0..31) of group `g` into the high plane; `bits` holds them at bit 0. */
-static void put_high1(uint8_t *high, long g, int j, int bits)
+/* The 32 fifth bits of group `g`, value j at bit j, into the line of 8 groups. */
+static void put_high1(uint8_t *high, long g, uint32_t bits)
 {
-    int in = (int)(g % 8);
-    high[g / 8 * 32 + in % 2 * 16 + j % 16] |= (uint8_t)(bits << (in / 2 * 2 + j / 16));
+    int in = (int)(g % 8), at = in / 2 * 2;
+    uint8_t *to = high + g / 8 * 32 + in % 2 * 16;
+    for (int j = 0; j < 16; j++)
+        to[j] |= (uint8_t)((bits >> j & 1) << at | (bits >> (16 + j) & 1) << (at + 1));
 }
 
-static void put_high2(uint8_t *high, long g, int j, int bits)
+/* A group's 32 nibbles, of bytes in value order, to plane order: value j beside value 16 + j. */
+static void put_nibbles(uint8_t *to, const uint8_t *bytes, int high)
 {
-    int in = (int)(g % 8);
-    high[g / 8 * 64 + in % 4 * 16 + j % 16] |= (uint8_t)(bits << (in / 4 * 4 + j / 16 * 2));
-}
-
-static void put_code(const row_out *o, long g, int j, int code)
-{
-    o->codes[g * 16 + j % 16] |= (uint8_t)((code & 15) << (j / 16 * 4));
+    for (int j = 0; j < 16; j++)
+        to[j] = high ? (uint8_t)(bytes[j] >> 4 | (bytes[16 + j] & 0xf0)) : (uint8_t)((bytes[j] & 15) | bytes[16 + j] << 4);
 }
 
 /* Q4_0 Q4_1 Q5_0 Q5_1 IQ4_NL: fp16 scale [, fp16 min] [, 32 high bits], 16 bytes of nibbles in plane order. */
@@ -41,8 +39,7 @@ static int pack_q32(const tm_format *f, const uint8_t *b, long g, row_out *o)
         at += 2;
     }
     if (f->high_bits) {
-        for (int j = 0; j < 32; j++)
-            put_high1(o->high, g, j, b[at + j / 8] >> j % 8 & 1);
+        put_high1(o->high, g, b[at] | (uint32_t)b[at + 1] << 8 | (uint32_t)b[at + 2] << 16 | (uint32_t)b[at + 3] << 24);
         at += 4;
     }
     memcpy(o->codes + 16 * g, b + at, 16);
@@ -78,6 +75,15 @@ static void unpack_six(const uint8_t *s, uint8_t *scale, uint8_t *min)
     }
 }
 
+/* Bit i of byte j is the fifth bit of value j of group i. A line wants groups of one parity together, every second bit
+ * for first halves and the others for second halves. */
+static void pack_high_k5(uint8_t *line, const uint8_t *high)
+{
+    for (int t = 0; t < 2; t++)
+        for (int j = 0; j < 16; j++)
+            line[16 * t + j] = (uint8_t)((high[j] >> t & 0x55) | (high[16 + j] >> t & 0x55) << 1);
+}
+
 static int pack_k45(const tm_format *f, const uint8_t *b, long block, row_out *o)
 {
     long g0 = 8 * block;
@@ -85,29 +91,33 @@ static int pack_k45(const tm_format *f, const uint8_t *b, long block, row_out *o
     unpack_six(b + 4, o->scales + g0, o->mins + g0);
     const uint8_t *high = b + 16, *low = f->high_bits ? b + 48 : b + 16;
     for (int i = 0; i < 8; i++)
-        for (int j = 0; j < 32; j++) {
-            put_code(o, g0 + i, j, low[i / 2 * 32 + j] >> i % 2 * 4);
-            if (f->high_bits)
-                put_high1(o->high, g0 + i, j, high[j] >> i & 1);
-        }
+        put_nibbles(o->codes + 16 * (g0 + i), low + i / 2 * 32, i % 2);
+    if (f->high_bits)
+        pack_high_k5(o->high + 32 * block, high);
     return finite16(b) && finite16(b + 2);
+}
+
+/* Bits 2q and 2q + 1 of byte j of a half are the fifth and sixth bit of value j of its group q. */
+static void pack_high_k6(uint8_t *line, const uint8_t *high)
+{
+    for (int q = 0; q < 4; q++)
+        for (int j = 0; j < 16; j++)
+            line[16 * q + j] = (uint8_t)((high[j] >> 2 * q & 3) | (high[16 + j] >> 2 * q & 3) << 2
+                                         | (high[32 + j] >> 2 * q & 3) << 4 | (high[48 + j] >> 2 * q & 3) << 6);
 }
 
 static int pack_q6k(const tm_format *f, const uint8_t *b, long block, row_out *o)
 {
     (void)f;
-    const uint8_t *low = b, *high = b + 128, *scale = b + 192;
+    const uint8_t *scale = b + 192;
     long groups = o->cols / TM_GROUP, g0 = 8 * block;
     memcpy(o->supers + 2 * block, b + 208, 2);
     for (int i = 0; i < 8; i++) {
-        int half = i / 4, quarter = i % 4;
         o->scales[g0 + i] = scale[2 * i];
         o->scales[groups + g0 + i] = scale[2 * i + 1];
-        for (int j = 0; j < 32; j++) {
-            put_code(o, g0 + i, j, low[half * 64 + quarter % 2 * 32 + j] >> quarter / 2 * 4);
-            put_high2(o->high, g0 + i, j, high[half * 32 + j] >> quarter * 2 & 3);
-        }
+        put_nibbles(o->codes + 16 * (g0 + i), b + i / 4 * 64 + i % 2 * 32, i % 4 / 2);
     }
+    pack_high_k6(o->high + 64 * block, b + 128);
     return finite16(b + 208);
 }
 
@@ -126,36 +136,30 @@ static const pack_block packers[TM_FORMATS] = {
     [TM_Q8_0] = pack_q8, [TM_MXFP4] = pack_mxfp4, [TM_Q4_K] = pack_k45, [TM_Q5_K] = pack_k45, [TM_Q6_K] = pack_q6k,
 };
 
-static uint8_t *at_row(const uint8_t *plane, long row, long bytes)
+static uint8_t *at_row(const tm_matrix *m, int plane, long row)
 {
-    return plane ? (uint8_t *)(uintptr_t)plane + row * bytes : NULL;
+    return (uint8_t *)(uintptr_t)tm_row(m, plane, row);
 }
 
 /* Alignment and over-read slack behind the last row of each plane: zeros, so that a blob is a function of its matrix. */
 static void zero_slack(const tm_matrix *m)
 {
-    const uint8_t *planes[] = {m->codes, m->high, m->scales, m->mins, m->supers};
-    long rows[] = {m->codes_row, m->high_row, m->scales_row, m->mins_row, m->supers_row};
-    for (int i = 0; i < 5; i++) {
-        long used = rows[i] * m->rows;
-        if (used)
-            memset(at_row(planes[i], 0, 0) + used, 0, (size_t)(tm_plane_bytes(m, rows[i]) - used));
-    }
+    for (int p = 0; p < TM_PLANES; p++)
+        if (m->row[p])
+            memset(at_row(m, p, m->rows), 0, (size_t)(tm_plane_bytes(m, m->row[p]) - m->row[p] * m->rows));
 }
 
 static int pack_row(const tm_matrix *m, const uint8_t *raw, long row)
 {
     const tm_format *f = &tm_formats[m->format];
-    row_out o = {at_row(m->codes, row, m->codes_row), at_row(m->high, row, m->high_row),
-                 at_row(m->scales, row, m->scales_row), at_row(m->mins, row, m->mins_row),
-                 at_row(m->supers, row, m->supers_row), m->cols};
+    row_out o = {at_row(m, TM_CODES, row), at_row(m, TM_HIGH, row), at_row(m, TM_SCALES, row),
+                 at_row(m, TM_MINS, row), at_row(m, TM_SUPERS, row), m->cols};
     if (tm_is_float(m->format)) {
-        memcpy(o.codes, raw, (size_t)m->codes_row);
+        memcpy(o.codes, raw, (size_t)m->row[TM_CODES]);
         return finite_floats(m->format, raw, m->cols);
     }
-    memset(o.codes, 0, (size_t)m->codes_row);
-    if (o.high)
-        memset(o.high, 0, (size_t)m->high_row);
+    memset(o.codes, 0, (size_t)m->row[TM_CODES]);
+    memset(o.high, 0, (size_t)m->row[TM_HIGH]);
     int ok = 1;
     for (long b = 0; b < m->cols / f->block; b++)
         ok &= packers[m->format](f, raw + b * f->block_bytes, b, &o);

@@ -4,11 +4,13 @@
 
 #define LANES 8
 #define TILE 4
+#define PANEL_TILE 3
 typedef __m256 vf;
 typedef __m256i vi, vb;
 
 INLINE vf vf_zero(void) { return _mm256_setzero_ps(); }
 INLINE vf vf_load(const float *p) { return _mm256_loadu_ps(p); }
+INLINE void vf_store(float *p, vf a) { _mm256_storeu_ps(p, a); }
 INLINE vf vf_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 INLINE vf vf_add(vf a, vf b) { return _mm256_add_ps(a, b); }
 INLINE vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
@@ -45,9 +47,14 @@ INLINE vf vf_super(const uint8_t *p, int stride)
     return _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(half)));
 }
 
-INLINE vf vf_spread(vf p, int b)
+/* Ordered so that spreading stays within 128-bit lanes: crossing them costs thrice as much. */
+INLINE vf vf_order(vf p) { return _mm256_permutevar8x32_ps(p, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)); }
+INLINE vf vf_spread(vf p, const int b)
 {
-    return _mm256_permutevar8x32_ps(p, _mm256_setr_epi32(2 * b, 2 * b, 2 * b, 2 * b, 2 * b + 1, 2 * b + 1, 2 * b + 1, 2 * b + 1));
+    return b == 0   ? _mm256_permute_ps(p, 0x00)
+           : b == 1 ? _mm256_permute_ps(p, 0x55)
+           : b == 2 ? _mm256_permute_ps(p, 0xaa)
+                    : _mm256_permute_ps(p, 0xff);
 }
 
 INLINE vb vb_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
@@ -96,3 +103,51 @@ INLINE vi vi_dot2_signed(vb lo, vb hi, vb xlo, vb xhi)
 {
     return _mm256_add_epi32(vi_dot_signed(lo, xlo), vi_dot_signed(hi, xhi));
 }
+
+/* Turn 8 rows of 8 dwords into 8 columns. */
+INLINE void vb_transpose(vb *r)
+{
+    vb pair[8], quad[8];
+    UNROLL for (int i = 0; i < 8; i += 2) {
+        pair[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+        pair[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    UNROLL for (int i = 0; i < 8; i += 4) {
+        quad[i] = _mm256_unpacklo_epi64(pair[i], pair[i + 2]);
+        quad[i + 1] = _mm256_unpackhi_epi64(pair[i], pair[i + 2]);
+        quad[i + 2] = _mm256_unpacklo_epi64(pair[i + 1], pair[i + 3]);
+        quad[i + 3] = _mm256_unpackhi_epi64(pair[i + 1], pair[i + 3]);
+    }
+    UNROLL for (int i = 0; i < 4; i++) {
+        r[i] = _mm256_permute2x128_si256(quad[i], quad[i + 4], 0x20);
+        r[i + 4] = _mm256_permute2x128_si256(quad[i], quad[i + 4], 0x31);
+    }
+}
+INLINE void vf_transpose(vf *r)
+{
+    vb bits[8];
+    UNROLL for (int i = 0; i < 8; i++)
+        bits[i] = _mm256_castps_si256(r[i]);
+    vb_transpose(bits);
+    UNROLL for (int i = 0; i < 8; i++)
+        r[i] = _mm256_castsi256_ps(bits[i]);
+}
+
+/* Sums of products of interleaved codes with four values of a token, `four`. Unsigned ones stay in 16-bit pairs,
+ * which hold as many as kernels_panel.h says. */
+#define VA_SIGNED_SPAN 8
+typedef __m256i va;
+INLINE vi vi_zero(void) { return _mm256_setzero_si256(); }
+INLINE va va_zero(void) { return _mm256_setzero_si256(); }
+INLINE vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+INLINE vb vb_four(const int8_t *x)
+{
+    int32_t dword;
+    memcpy(&dword, x, sizeof dword);
+    return _mm256_set1_epi32(dword);
+}
+INLINE va va_add(va sum, vb w, vb four, const int is_signed)
+{
+    return is_signed ? vi_add(sum, vi_dot_signed(w, four)) : _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, four));
+}
+INLINE vi vi_part(va sum, const int is_signed) { return is_signed ? sum : widen(sum); }

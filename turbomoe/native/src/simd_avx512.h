@@ -4,11 +4,13 @@
 
 #define LANES 16
 #define TILE 4
+#define PANEL_TILE 6
 typedef __m512 vf;
 typedef __m512i vi, vb;
 
 INLINE vf vf_zero(void) { return _mm512_setzero_ps(); }
 INLINE vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
+INLINE void vf_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
 INLINE vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 INLINE vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
 INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
@@ -41,10 +43,17 @@ INLINE vf vf_super(const uint8_t *p, int stride)
     return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), pair);
 }
 
-INLINE vf vf_spread(vf p, int b)
+/* Ordered so that spreading stays within 128-bit lanes. */
+INLINE vf vf_order(vf p)
 {
-    const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    return _mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(4 * b)), p);
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), p);
+}
+INLINE vf vf_spread(vf p, const int b)
+{
+    return b == 0   ? _mm512_permute_ps(p, 0x00)
+           : b == 1 ? _mm512_permute_ps(p, 0x55)
+           : b == 2 ? _mm512_permute_ps(p, 0xaa)
+                    : _mm512_permute_ps(p, 0xff);
 }
 
 INLINE vb vb_load(const void *p) { return _mm512_loadu_si512(p); }
@@ -52,11 +61,9 @@ INLINE vb vb_or(vb a, vb b) { return _mm512_or_si512(a, b); }
 INLINE vb vb_low(vb a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 INLINE vb vb_high(vb a) { return vb_low(_mm512_srli_epi16(a, 4)); }
 
-/* Table entries leave as w + 128: VNNI takes unsigned codes. */
 INLINE vb vb_table(const int8_t *table, vb index)
 {
-    __m128i flipped = _mm_xor_si128(_mm_loadu_si128((const __m128i *)table), _mm_set1_epi8((char)0x80));
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(flipped), index);
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table)), index);
 }
 
 /* Four groups of a step are half of a 32-byte line: its 32 bytes serve both halves of the vector, at two bits. */
@@ -88,8 +95,65 @@ INLINE void vb_high2(const uint8_t *row, long g, int b, vb *lo, vb *hi)
 INLINE vi vi_dot(vb w, vb x) { return _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, x); }
 INLINE vi vi_dot2(vb lo, vb hi, vb xlo, vb xhi) { return _mm512_dpbusd_epi32(vi_dot(lo, xlo), hi, xhi); }
 
-/* Signed codes are stored as w + 128; the kernel takes 128 times the sum of the activations away. */
+/* Signed codes are moved up by 128; the kernel takes 128 times the sum of the activations away. */
 #define SIGNED_ZERO 128
 INLINE vb vb_signed(vb w) { return _mm512_xor_si512(w, _mm512_set1_epi8((char)0x80)); }
 INLINE vi vi_dot_signed(vb w, vb x) { return vi_dot(w, x); }
 INLINE vi vi_dot2_signed(vb lo, vb hi, vb xlo, vb xhi) { return vi_dot2(lo, hi, xlo, xhi); }
+
+/* Turn 16 rows of 16 dwords into 16 columns: within 128-bit lanes first, then the lanes. */
+INLINE void vb_transpose(vb *r)
+{
+    vb pair[16], quad[16];
+    UNROLL for (int i = 0; i < 16; i += 2) {
+        pair[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        pair[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    UNROLL for (int i = 0; i < 16; i += 4) {
+        quad[i] = _mm512_unpacklo_epi64(pair[i], pair[i + 2]);
+        quad[i + 1] = _mm512_unpackhi_epi64(pair[i], pair[i + 2]);
+        quad[i + 2] = _mm512_unpacklo_epi64(pair[i + 1], pair[i + 3]);
+        quad[i + 3] = _mm512_unpackhi_epi64(pair[i + 1], pair[i + 3]);
+    }
+    UNROLL for (int i = 0; i < 4; i++) {
+        vb even = _mm512_shuffle_i32x4(quad[i], quad[i + 4], 0x88), odd = _mm512_shuffle_i32x4(quad[i], quad[i + 4], 0xdd);
+        vb even2 = _mm512_shuffle_i32x4(quad[i + 8], quad[i + 12], 0x88);
+        vb odd2 = _mm512_shuffle_i32x4(quad[i + 8], quad[i + 12], 0xdd);
+        r[i] = _mm512_shuffle_i32x4(even, even2, 0x88);
+        r[i + 4] = _mm512_shuffle_i32x4(odd, odd2, 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(even, even2, 0xdd);
+        r[i + 12] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
+    }
+}
+INLINE void vf_transpose(vf *r)
+{
+    vb bits[16];
+    UNROLL for (int i = 0; i < 16; i++)
+        bits[i] = _mm512_castps_si512(r[i]);
+    vb_transpose(bits);
+    UNROLL for (int i = 0; i < 16; i++)
+        r[i] = _mm512_castsi512_ps(bits[i]);
+}
+
+/* Sums of products of interleaved codes with four values of a token, `four`. */
+#define VA_SIGNED_SPAN 8
+typedef __m512i va;
+INLINE vi vi_zero(void) { return _mm512_setzero_si512(); }
+INLINE va va_zero(void) { return _mm512_setzero_si512(); }
+INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+INLINE vb vb_four(const int8_t *x)
+{
+    int32_t dword;
+    memcpy(&dword, x, sizeof dword);
+    return _mm512_set1_epi32(dword);
+}
+INLINE va va_add(va sum, vb w, vb four, const int is_signed)
+{
+    (void)is_signed;
+    return _mm512_dpbusd_epi32(sum, w, four);
+}
+INLINE vi vi_part(va sum, const int is_signed)
+{
+    (void)is_signed;
+    return sum;
+}

@@ -3,6 +3,7 @@
 
 #define LANES 4
 #define TILE 2
+#define PANEL_TILE 3
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
 typedef uint32_t vu __attribute__((vector_size(16)));
@@ -16,6 +17,7 @@ INLINE vf vf_load(const float *p)
     memcpy(&a, p, sizeof a);
     return a;
 }
+INLINE void vf_store(float *p, vf a) { memcpy(p, &a, sizeof a); }
 INLINE vf vf_mul(vf a, vf b) { return a * b; }
 INLINE vf vf_add(vf a, vf b) { return a + b; }
 #ifdef __aarch64__ /* the build forbids the compiler to fuse by itself */
@@ -57,7 +59,8 @@ INLINE vf vf_super(const uint8_t *p, int stride)
     return from_f16((vu){half, half, half, half});
 }
 
-INLINE vf vf_spread(vf p, int b) { return vf_set(p[b]); }
+INLINE vf vf_order(vf p) { return p; }
+INLINE vf vf_spread(vf p, const int b) { return vf_set(p[b]); }
 
 INLINE vb vb_load(const void *p)
 {
@@ -108,3 +111,48 @@ INLINE vi vi_dot2(vb lo, vb hi, vb xlo, vb xhi) { return widen(pair_products(lo,
 INLINE vb vb_signed(vb w) { return w; }
 INLINE vi vi_dot_signed(vb w, vb x) { return vi_dot(w, x); }
 INLINE vi vi_dot2_signed(vb lo, vb hi, vb xlo, vb xhi) { return vi_dot(lo, xlo) + vi_dot(hi, xhi); }
+
+/* Turn 4 rows of 4 dwords into 4 columns. */
+INLINE void vb_transpose(vb *r)
+{
+    vu in[4], out[4];
+    for (int i = 0; i < 4; i++)
+        in[i] = (vu)r[i];
+    for (int i = 0; i < 4; i++)
+        out[i] = (vu){in[0][i], in[1][i], in[2][i], in[3][i]};
+    for (int i = 0; i < 4; i++)
+        r[i] = (vb)out[i];
+}
+INLINE void vf_transpose(vf *r)
+{
+    vb bits[4];
+    for (int i = 0; i < 4; i++)
+        bits[i] = (vb)r[i];
+    vb_transpose(bits);
+    for (int i = 0; i < 4; i++)
+        r[i] = (vf)bits[i];
+}
+
+/* Sums of products of interleaved codes with four values of a token, `four`. Unsigned ones stay in 16-bit pairs,
+ * which hold as many as kernels_panel.h says; one signed product fills them. */
+#define VA_SIGNED_SPAN 1
+typedef vs va;
+INLINE vi vi_zero(void) { return (vi){0, 0, 0, 0}; }
+INLINE va va_zero(void) { return (va){0, 0, 0, 0, 0, 0, 0, 0}; }
+INLINE vi vi_add(vi a, vi b) { return a + b; }
+INLINE vb vb_four(const int8_t *x)
+{
+    uint32_t dword;
+    memcpy(&dword, x, sizeof dword);
+    return (vb)(vu){dword, dword, dword, dword};
+}
+INLINE va va_add(va sum, vb w, vb four, const int is_signed)
+{
+    (void)is_signed;
+    return sum + pair_products(w, four);
+}
+INLINE vi vi_part(va sum, const int is_signed)
+{
+    (void)is_signed;
+    return widen(sum);
+}
