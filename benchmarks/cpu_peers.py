@@ -89,6 +89,12 @@ class GgmlLayer:
         self.g.ggml_backend_tensor_get(self.out, ctypes.c_void_p(out.data_ptr()), 0, out.nbytes)
         return out
 
+    def close(self) -> None:
+        """Free what ggml allocated; the weights are ours."""
+        self.g.ggml_gallocr_free(self.allocator)
+        self.g.ggml_free(self.context)
+        self.g.ggml_backend_free(self.backend)
+
     def _set(self, tensor: object, values: torch.Tensor) -> None:
         values = values.contiguous()
         self.g.ggml_backend_tensor_set(tensor, ctypes.c_void_p(values.data_ptr()), 0, values.nbytes)
@@ -134,6 +140,9 @@ class TorchInt4Layer:
 
     def result(self) -> torch.Tensor:
         return self.out
+
+    def close(self) -> None:
+        """Nothing to give back: the experts live as long as the layer."""
 
     @staticmethod
     def _mm(x: torch.Tensor, matrix: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
