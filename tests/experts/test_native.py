@@ -227,5 +227,5 @@ print(*sorted(m for m in sys.modules if m.startswith("turbomoe.experts.")))
 def test_off_is_off_on_the_native_path_too() -> None:
     said = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True).stdout.split()
     assert sorted(name.removeprefix("turbomoe.experts.") for name in said) == [
-        "arena", "base", "native", "reference", "runtime", "store"
+        "arena", "base", "native", "outputs", "reference", "runtime", "store"
     ]  # fmt: skip
