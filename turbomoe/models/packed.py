@@ -149,8 +149,9 @@ class PackedHead(PackedLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.columns is not None or self.pool is None or self.matrix.layout.format.is_float:
             return super().forward(x)
-        y, rest = self._alone(torch.stack((x, x - round_activations(x).to(x.dtype))))[0]
-        return y + rest if self.matrix.bias is None else y + rest - self.matrix.bias
+        both = self._alone(torch.stack((x, x - round_activations(x).to(x.dtype))))[0]
+        y = both[0] + both[1]
+        return y if self.matrix.bias is None else y - self.matrix.bias
 
 
 def run_together(linears: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
