@@ -9,7 +9,7 @@ trap 'rm -rf "$folder"' EXIT
 
 run() { # name, flags, options
     echo "== $1"
-    "$python" -m turbomoe.native.build --output "$folder/$1/libcore.so" -- $2 -g -O1 -DUNROLL= -fno-omit-frame-pointer >/dev/null
+    "$python" -m turbomoe.native.build --output "$folder/$1/libcore.so" -- -Werror $2 -g -O1 -DUNROLL= -fno-omit-frame-pointer >/dev/null
     "$cc" -std=gnu11 -Wall -Wextra -Werror -Iturbomoe/native/src $2 -g -O1 -pthread tests/native/c/core_test.c \
         "$folder/$1/libcore.so" -Wl,-rpath,"$folder/$1" -lm -o "$folder/$1/core_test"
     env "$3" "$folder/$1/core_test" "$rounds"
