@@ -6,7 +6,6 @@ Nothing here knows torch. Where no core is there, ``load_core`` returns None and
 from __future__ import annotations
 
 import ctypes as c
-from functools import cache
 from pathlib import Path
 
 from turbomoe.config import state_dir
@@ -269,12 +268,16 @@ def describe_core() -> str:
     return f"compiled core, {core.level} kernels (this processor runs {', '.join(core.levels())})"
 
 
-@cache
+_opened: list[Core] = []  # what this process uses, at most one
+
+
 def load_core() -> Core | None:
-    """The C core, opened once a process; None, with a notice, where it is not there."""
-    path = find_library()
+    """The C core, opened once a process; None, with a notice, where it is not there (it is looked for at every call)."""
+    path = None if _opened else find_library()
     if path is not None:
-        return Core(path)
+        _opened.append(Core(path))
+    if _opened:
+        return _opened[0]
     board.post(
         Notice(
             "experts and packed weights on the CPU run in plain PyTorch",

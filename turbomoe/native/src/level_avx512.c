@@ -10,6 +10,7 @@
 #include "kernels_panel.h"
 #include "kernels_dot.h"
 #include "kernels_float.h"
+#include "rounding_x86.h"
 #include "kernels_vector.h"
 #include "kernels_decode.h"
 
