@@ -28,7 +28,6 @@ TYPES = [("f32", "f32"), ("bf16", "bf16"), ("f16", "f32"), ("q8_0", "q8_0"), ("t
 @pytest.fixture(scope="module", autouse=True)
 def core():
     ensure_built()
-    load_core.cache_clear()
     if shared_pool() is None:
         pytest.skip("the C core could not be opened")
 
