@@ -68,7 +68,8 @@ def by_transformers(model: nn.Module, ids: Tensor) -> Tensor:
 def by_turbomoe(model: LoadedModel, ids: Tensor) -> Tensor:
     """The same through the engine's runner, keys and values exact in float32."""
     runner = ModelRunner(model, KVSettings("f32", "f32"), slots=1, ctx_size=ids.shape[1], measuring=True)
-    return runner.forward([0], ids, Phase.PREFILL, keep=0)[0].log_softmax(-1)
+    logits: Tensor = runner.forward([0], ids, Phase.PREFILL, keep=0)[0].log_softmax(-1)
+    return logits
 
 
 def compare(folder: nn.Module, gguf: LoadedModel, part: Part, windows: int) -> dict[str, Any]:
