@@ -132,7 +132,8 @@ def test_gettext_catalogues(tmp_path: Path, order: str) -> None:
 
 
 def test_wikipedia_is_cut_into_two_parts(tmp_path: Path) -> None:
-    page = "<page><title>{}</title><text xml:space='preserve'>'''Bold''' [[a|link]] {{{{x {{{{y}}}}}}}}&lt;ref&gt;z&lt;/ref&gt;.</text></page>"
+    body = "'''Bold''' [[a|link]] {{{{x {{{{y}}}}}}}}&lt;ref&gt;z&lt;/ref&gt;."
+    page = f"<page><title>{{}}</title><text xml:space='preserve'>{body}</text></page>"
     dump = "".join(page.format(f"T{number}") for number in range(4)) + page.format("Talk:no")
     (tmp_path / "dump.bz2").write_bytes(bz2.compress(dump.encode()))
     train, rest = (list(containers.wikipedia(str(tmp_path / "dump.bz2"), part)) for part in ("train", "eval"))

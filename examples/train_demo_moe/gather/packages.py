@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -29,13 +30,15 @@ class Folders:
                 continue
             kind, _, name = package.partition(":")
             downloads, unfinished = self._work / kind / target.name, target.with_name(target.name + ".tmp")
-            downloads.mkdir(parents=True, exist_ok=True)
+            for left_over in (downloads, unfinished):
+                shutil.rmtree(left_over, ignore_errors=True)
+            downloads.mkdir(parents=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             FETCHERS[kind](name, downloads, unfinished)
             unfinished.rename(target)
 
 
 def _debian(name: str, downloads: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run(["apt-get", "download", "-q", name], cwd=downloads, check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["dpkg-deb", "-x", str(_only(downloads, "*.deb")), str(target)], check=True)
 
