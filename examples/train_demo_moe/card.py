@@ -1,13 +1,16 @@
-"""The figures of the model card: tables from the two reports as Markdown, the loss curves as a picture.
+"""The figures of the model card: tables from the reports and the manifest as Markdown, the loss curves as a picture.
 
-pip install matplotlib
-python card.py results/moe results/dense loss.png
+    pip install matplotlib
+    python card.py results loss.png
+
+``results`` holds MANIFEST.tsv of the corpus, and report.json and log.jsonl of both runs in ``moe`` and ``dense``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +21,22 @@ SMOOTHED = 5
 
 
 def table(head: Row, rows: Iterable[Row]) -> str:
-    """A Markdown table; numbers to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    """A Markdown table; columns of numbers to the right."""
+    body = [[str(cell) for cell in row] for row in rows]
+    columns = zip(*body, strict=True)
+    rules = ["---:" if all(re.fullmatch(r"[-+\d.,%]*", cell) for cell in column) else "---" for column in columns]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [head, rules, *body])
+
+
+def sources(manifest: Path) -> str:
+    """What the corpus is made of; one row for all languages of the domain multilingual."""
+    rows = [line.split("\t") for line in manifest.read_text("utf-8").splitlines()]
+    single = [row for row in rows if row[0] != "multilingual"]
+    several = [row for row in rows if row[0] == "multilingual"]
+    lines = [[domain, name, f"{int(size) / 1e6:.1f}", licence] for domain, name, size, _, licence, _ in single]
+    total = sum(int(row[2]) for row in several) / 1e6
+    lines.append(["multilingual", " ".join(row[1] for row in several), f"{total:.1f}", several[0][4]])
+    return table(["domain", "source", "MB", "licence"], lines)
 
 
 def perplexities(moe: dict[str, Any], dense: dict[str, Any]) -> str:
@@ -90,13 +106,13 @@ def plot(moe: Path, dense: Path, target: Path) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("moe", type=Path)
-    parser.add_argument("dense", type=Path)
+    parser.add_argument("results", type=Path)
     parser.add_argument("picture", type=Path)
     options = parser.parse_args()
-    folders = (options.moe, options.dense)
+    folders = (options.results / "moe", options.results / "dense")
     moe, dense = (json.loads((folder / "report.json").read_text("utf-8")) for folder in folders)
-    print("\n\n".join([perplexities(moe, dense), routing(moe), transfer(moe)]))
+    tables = [sources(options.results / "MANIFEST.tsv"), perplexities(moe, dense), routing(moe), transfer(moe)]
+    print("\n\n".join(tables))
     plot(*folders, options.picture)
 
 
