@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tokenizer import DOMAINS, documents
+from tokenizer import DOMAINS, END, documents
 from tokenizers import Tokenizer
 
 Tokens = npt.NDArray[np.uint16]
@@ -49,7 +49,8 @@ def encode(tokenizer: Tokenizer, texts: list[str], end: int) -> Tokens:
 
 def split_domain(corpus: Path, domain: str) -> tuple[list[str], list[str]]:
     """(training, held-out) texts, chosen by a checksum of the text so that another run chooses the same."""
-    train, held = [], []
+    train: list[str] = []
+    held: list[str] = []
     for _, text in documents(corpus, domain):
         chosen = len(text) < LONGEST_HELD and zlib.crc32(text.encode()) % HELD_OUT == 0
         (held if chosen else train).append(text)
@@ -58,7 +59,9 @@ def split_domain(corpus: Path, domain: str) -> tuple[list[str], list[str]]:
 
 def build(corpus: Path, tokenizer: Tokenizer) -> Iterator[Part]:
     """Every part of the corpus."""
-    end = tokenizer.token_to_id("<|endoftext|>")
+    end = tokenizer.token_to_id(END)
+    if end is None:
+        raise ValueError(f"the tokenizer has no token {END}: make it with tokenizer.py")
     for domain in DOMAINS:
         for split, texts in zip(("train", "held"), split_domain(corpus, domain), strict=True):
             tokens = encode(tokenizer, texts, end)

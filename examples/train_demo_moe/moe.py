@@ -132,11 +132,13 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, shares: Tensor, plan: Dispatch, weights: tuple[Tensor, Tensor]) -> Tensor:
         """x [tokens, hidden], shares [tokens, active] -> [tokens, hidden], the sum over each token's experts."""
         gate_up, down = weights
-        rows = Spread.apply(x.to(gate_up.dtype), plan.rows, plan.slots, plan.active)
+        rows: Tensor = Spread.apply(x.to(gate_up.dtype), plan.rows, plan.slots, plan.active)  # type: ignore[no-untyped-call]
         gate, up = self.product.multiply(rows, gate_up, plan.ends).chunk(2, dim=-1)
         out = self.product.multiply(F.silu(gate) * up, down, plan.ends)
-        chosen = Collect.apply(out, plan.rows, plan.slots).unflatten(0, (-1, plan.active))
-        return (chosen.float() * shares.unsqueeze(-1)).sum(1)
+        choices: Tensor = Collect.apply(out, plan.rows, plan.slots)  # type: ignore[no-untyped-call]
+        chosen = choices.unflatten(0, (-1, plan.active))
+        total: Tensor = (chosen.float() * shares.unsqueeze(-1)).sum(1)
+        return total
 
 
 def balance_loss(probabilities: Tensor, plan: Dispatch) -> Tensor:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.real_models import smollm2
+from turbomoe.cli import demo_experts
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,6 +54,23 @@ def test_the_figures_of_the_demo() -> None:
     assert kls == sorted(kls) and kls[0] == 0 and kls[3] < 0.05
     assert quality["tq3 64/256"]["same_top"] > 0.9
 
-    experts = figures["experts"]
-    assert experts["same_tokens"] is True
-    assert "greedy tokens with the cache equal those without: yes" in done.stderr
+    check_experts(figures["experts"], done.stderr)
+
+
+def check_experts(experts: dict[str, Any], text: str) -> None:
+    """Same tokens with the cache, and more hits than slots that hold experts at random would have."""
+    assert experts["same_tokens"] is True and (experts["slots"], experts["of"]) == (16, 64)
+    assert list(experts["prompts"]) == ["prose", "code"]
+    for domain, row in experts["prompts"].items():
+        assert re.search(rf"^{domain} +yes +\d+% +\d+% +{row['uploads']}$", text, re.MULTILINE)
+        assert row["hit_rate_answer"] > 0.4 and 0 < row["uploads"] <= 8 * (16 + row["tokens"])
+    assert experts["prompts"]["prose"]["hit_rate_prompt"] == 0, "an empty cache has no hits"
+    assert 0 < experts["prompts"]["code"]["hit_rate_prompt"] < 0.25, "slots that prose filled are of little use to code"
+
+
+def test_the_expert_cache_on_real_routing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_experts, "ANSWER", 24)
+    out = io.StringIO()
+    experts = demo_experts.expert_figures(out)
+    assert [row["tokens"] for row in experts["prompts"].values()] == [24, 24]
+    check_experts(experts, out.getvalue())
