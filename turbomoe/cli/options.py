@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from turbomoe.config import EngineSettings, ExpertSettings, KVSettings
+from turbomoe.config import MOE_POLICIES, EngineSettings, ExpertSettings, KVSettings
 from turbomoe.notices import Notice, board
 from turbomoe.units import parse_size
 
@@ -96,9 +96,9 @@ def _add_experts(parser: argparse.ArgumentParser, defaults: ExpertSettings) -> N
     )
     group.add_argument(
         "--moe-policy",
-        choices=("adaptive", "frozen"),
+        choices=MOE_POLICIES,
         default=defaults.policy,
-        help="follow the routing, or keep the first placement (default %(default)s)",
+        help="follow the routing with few copies, keep the first placement, or copy every miss (default %(default)s)",
     )
     group.add_argument(
         "--moe-hysteresis",
