@@ -15,7 +15,7 @@ from turbomoe.hardware.checks import Check
 from turbomoe.hardware.cpu import Cpu
 
 EXPECTED = {"turbomoe", "python", "torch", "transformers", "tokenizers", "triton", "platform", "cpu", "memory"}
-EXPECTED |= {"c compiler", "native core", "state folder", "demo:smollm2"}
+EXPECTED |= {"c compiler", "native core", "state folder", "demo:smollm2", "demo:moe"}
 
 
 def test_this_machine_is_well(state_home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from turbomoe.errors import ModelFileError, ModelReferenceError
 from turbomoe.files import demo
-from turbomoe.files.demo import DEMOS, PackagedModel, locate_demo, packaged_file, verify_sha256
+from turbomoe.files.demo import DEMOS, IncludedModel, PackagedModel, locate_demo, packaged_file, verify_sha256
 from turbomoe.notices import board
 
 CONTENT = b"GGUF pretends"
@@ -123,3 +123,22 @@ def test_smollm2_is_the_file_we_know() -> None:
     path = locate_demo("smollm2")
     assert path.stat().st_size == 98_362_432
     assert path.read_bytes()[:4] == b"GGUF"
+
+
+def test_moe_lies_in_this_package_whole(state_home: Path) -> None:
+    path = locate_demo("moe")
+    assert path.is_relative_to(Path(demo.__file__).parents[1]) and path.stat().st_size == 20_370_272
+    assert path.stat().st_size <= 20 << 20, "what the repository can bear"
+    assert path.read_bytes()[:4] == b"GGUF"
+
+
+def test_a_copy_of_the_package_without_the_model_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DEMOS, "moe", IncludedModel("no-such.gguf", SHA256))
+    with pytest.raises(ModelReferenceError, match=r"demo:moe is not installed.* pip install --no-deps \."):
+        locate_demo("moe")
+
+
+def test_another_file_in_the_models_place_is_refused(monkeypatch: pytest.MonkeyPatch, state_home: Path) -> None:
+    monkeypatch.setitem(DEMOS, "moe", IncludedModel("demo-moe.gguf", SHA256))
+    with pytest.raises(ModelFileError, match=r"SHA-256 is 63726f85.* damaged or another version"):
+        locate_demo("moe")

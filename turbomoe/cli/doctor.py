@@ -88,12 +88,12 @@ def native_check() -> Check:
 
 
 def demo_checks() -> list[Check]:
-    """The models that come as packages, installed or not (their bytes are checked when they are opened)."""
-    from turbomoe.files.demo import DEMOS, packaged_file
+    """The ``demo:`` models, installed or not (their bytes are checked when they are opened)."""
+    from turbomoe.files.demo import DEMOS
 
     return [
         Check(f"demo:{name}", str(path))
-        if (path := packaged_file(model))
+        if (path := model.find())
         else Check(f"demo:{name}", "not installed", "note", model.install)
         for name, model in DEMOS.items()
     ]

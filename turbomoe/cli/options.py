@@ -26,7 +26,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "-m",
         "--model",
         metavar="REF",
-        help="a .gguf file, a safetensors folder, hf:user/repo[:quant], or demo:smollm2 (comes with make demo)",
+        help="a .gguf file, a safetensors folder, hf:user/repo[:quant], demo:moe, or demo:smollm2 (from make demo)",
     )
     group.add_argument("-hf", "--hf-repo", metavar="REPO", help="user/repo[:quant] on the hub, same as -m hf:REPO")
 

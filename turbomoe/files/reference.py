@@ -1,6 +1,6 @@
 """Model references: what a person types, turned into a path on this machine.
 
-A path to a file or folder; ``hf:user/repo[:quant]`` from the hub; ``demo:name`` from an installed package.
+A path to a file or folder; ``hf:user/repo[:quant]`` from the hub; ``demo:name`` from this package or another.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from turbomoe.files.demo import DEMOS, locate_demo
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_FORMS = "A model is a path, hf:user/repo[:quant] or demo:smollm2"
+_FORMS = "A model is a path, hf:user/repo[:quant], demo:moe or demo:smollm2"
 
 
 def resolve(reference: str) -> Path:
