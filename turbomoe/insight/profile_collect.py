@@ -19,6 +19,7 @@ BLOCK = 64  # steps gathered before they are summed up: the sums cost little the
 SAMPLE = 8  # every how many decode steps the next gate is tried: the copy of the layer's input is the dearest one
 
 Ids = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
 
 
 class RoutingProfiler:
@@ -108,7 +109,8 @@ class RoutingProfiler:
         if self._steps == 0:
             return
         rows = [len(ids) for ids in self._ids[0][: self._steps]]
-        ids, weights = (self._joined(parts) for parts in (self._ids, self._weights))
+        ids: Ids = self._joined(self._ids).int().cpu().numpy()
+        weights: Floats = self._joined(self._weights).float().cpu().numpy()
         row = PHASES.index(self._phase)
         width = self.model.shape[1]
         self.stats.tokens[row] += sum(rows)
@@ -124,10 +126,9 @@ class RoutingProfiler:
             self.trace.add(self._phase, ids, weights, rows)
         self._clear()
 
-    def _joined(self, parts: Sequence[list[torch.Tensor]]) -> npt.NDArray[np.generic]:
-        """[layers, rows of all steps, k] on the host."""
-        whole = torch.stack([torch.cat(layer[: self._steps]) for layer in parts])
-        return (whole.float() if whole.is_floating_point() else whole.int()).cpu().numpy()
+    def _joined(self, parts: Sequence[list[torch.Tensor]]) -> torch.Tensor:
+        """[layers, rows of all steps, k]."""
+        return torch.stack([torch.cat(layer[: self._steps]) for layer in parts])
 
     def _add_recent(self, ids: Ids, rows: Sequence[int]) -> None:
         age = np.repeat(np.arange(len(rows) - 1, -1, -1.0), rows)[:, None]

@@ -214,7 +214,8 @@ def _count(tally: Tally, phase: Phase, ids: npt.NDArray[np.int32], uploads: Coun
 
 
 def _by_arm(by_position: npt.NDArray[Any], arms: int) -> Counts:
-    return by_position.reshape(arms, -1).sum(axis=1).astype(np.int64)
+    total: Counts = by_position.reshape(arms, -1).sum(axis=1, dtype=np.int64)
+    return total
 
 
 def _side_by_side(trace: Trace, slots: Sequence[int], settings: ExpertSettings) -> list[Sequence[int]]:

@@ -132,7 +132,8 @@ def _decode(trace: Trace) -> Iterator[Step]:
 def _hits(present: npt.NDArray[np.bool_], step: Step) -> Ints:
     """Hits of each arm: present [arms, layers, experts]."""
     found = present[:, np.arange(present.shape[1])[:, None, None], step.ids] & (step.ids >= 0)
-    return found.sum(axis=(1, 2, 3), dtype=np.int64)
+    hits: Ints = found.sum(axis=(1, 2, 3), dtype=np.int64)
+    return hits
 
 
 def _note(tally: Tally, step: Step, uploads: Ints) -> None:

@@ -22,6 +22,13 @@ LARGEST_FILE = 1 << 34
 PHASES = tuple(Phase)
 NOTHING, END_PROMPT, DROP_PROMPT = 0, 1, 2  # what came after a step
 NONE = 0xFFFF  # an id where nothing was routed
+FORMS: dict[str, tuple[int, type]] = {  # dimensions and type of the arrays
+    "ids": (3, np.uint16),
+    "weights": (3, np.float16),
+    "rows": (1, np.int32),
+    "phases": (1, np.uint8),
+    "after": (1, np.uint8),
+}
 
 
 @dataclass(frozen=True)
@@ -48,9 +55,7 @@ class Trace:
     after: npt.NDArray[np.uint8]
 
     def __post_init__(self) -> None:
-        forms = {"ids": (3, np.uint16), "weights": (3, np.float16)}
-        forms |= {"rows": (1, np.int32), "phases": (1, np.uint8), "after": (1, np.uint8)}
-        for name, (dims, dtype) in forms.items():
+        for name, (dims, dtype) in FORMS.items():
             array = getattr(self, name)
             if array.ndim != dims or array.dtype != dtype:
                 raise RecordError(f"its array {name} has another shape or type than a trace's")
@@ -81,17 +86,14 @@ class Trace:
     def save(self, path: str | PathLike[str]) -> None:
         """Write to ``path``, whole or not at all. Raises ``files.atomic.WriteError``."""
         header = {"model": self.model.to_json(), "domain": self.domain}
-        names = ("ids", "weights", "rows", "phases", "after")
-        save_arrays(path, KIND, VERSION, header, {name: getattr(self, name) for name in names})
+        save_arrays(path, KIND, VERSION, header, {name: getattr(self, name) for name in FORMS})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Trace:
         """Read a trace. Raises ``RecordError`` for a missing, foreign, damaged or newer file."""
         header, arrays = load_arrays(path, KIND, VERSION, LARGEST_FILE)
         try:
-            if set(arrays) != {"ids", "weights", "rows", "phases", "after"} or not isinstance(
-                header.get("domain"), str
-            ):
+            if set(arrays) != set(FORMS) or not isinstance(header.get("domain"), str):
                 raise RecordError("it has other arrays than a trace")
             return cls(read_model(header.get("model")), header["domain"], **arrays)
         except RecordError as error:
