@@ -20,7 +20,7 @@ from turbomoe.insight.trace import DROP_PROMPT, END_PROMPT, NONE, NOTHING, PHASE
 
 @cache
 def store(layers: int, experts: int) -> ExpertStore:
-    return make_experts({layer: ("F32",) * 3 for layer in range(layers)}, num_experts=experts, hidden=4, width=4).store
+    return make_experts(dict.fromkeys(range(layers), ("F32",) * 3), num_experts=experts, hidden=4, width=4).store
 
 
 def model(layers: int = 2, experts: int = 8, top_k: int = 2, identity: str = "a" * 64) -> RoutedModel:

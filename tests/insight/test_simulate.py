@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
-from functools import lru_cache
+from functools import cache
 from itertools import combinations
 
 import numpy as np
@@ -16,7 +17,7 @@ from turbomoe.config import ExpertSettings
 from turbomoe.errors import SettingsError
 from turbomoe.experts.base import Phase
 from turbomoe.insight import simulate as simulator
-from turbomoe.insight.simulate import BOUNDS, ENGINE_POLICIES, NEEDS_PROFILE, Outcome, replay, simulate
+from turbomoe.insight.simulate import BOUNDS, ENGINE_POLICIES, Outcome, replay, simulate
 from turbomoe.insight.trace import END_PROMPT, NOTHING, Trace
 
 DECODE, PREFILL = 1, 0
@@ -89,7 +90,7 @@ def best_possible(ids: np.ndarray, experts: int, slots: int) -> int:
     """Most hits of any schedule for one layer, ids [steps, k], by trying all placements."""
     places = [frozenset(c) for c in combinations(range(experts), slots)]
 
-    @lru_cache(maxsize=None)
+    @cache
     def best(step: int, place: frozenset[int]) -> int:
         if step == len(ids):
             return 0
@@ -190,9 +191,12 @@ def test_what_cannot_be_simulated_is_refused(policies: list[str], slots: list[in
 def test_a_trace_without_decode_is_refused() -> None:
     of = model(1, 8, 1)
     with pytest.raises(SettingsError, match="no decode step"):
-        simulate(make_trace(of, [(Phase.PREFILL, np.zeros((3, 1, 1), int), END_PROMPT)]), ["lru"], [2], ExpertSettings())
+        simulate(
+            make_trace(of, [(Phase.PREFILL, np.zeros((3, 1, 1), int), END_PROMPT)]), ["lru"], [2], ExpertSettings()
+        )
 
 
 def test_outcomes_are_json() -> None:
     found = simulate(dice_trace(model(), 20, 0), ENGINE_POLICIES[:1], [3], ExpertSettings())[0]
-    assert isinstance(found, Outcome) and found.to_json()["policy"] == "lru" and NEEDS_PROFILE <= ENGINE_POLICIES[3:]
+    assert isinstance(found, Outcome)
+    assert json.loads(json.dumps(found.to_json()))["policy"] == "lru"

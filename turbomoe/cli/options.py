@@ -100,6 +100,17 @@ def _add_experts(parser: argparse.ArgumentParser, defaults: ExpertSettings) -> N
         default=defaults.policy,
         help="follow the routing with few copies, keep the first placement, or copy every miss (default %(default)s)",
     )
+    add_moe_tuning(group, defaults)
+    group.add_argument(
+        "--moe-profile", metavar="FILE", help="start from a profile of this model (turbomoe profile -o FILE)"
+    )
+    group.add_argument(
+        "--moe-profile-save", metavar="FILE", help="at exit, add this run's routing to the profile in FILE"
+    )
+
+
+def add_moe_tuning(group: argparse._ArgumentGroup, defaults: ExpertSettings) -> None:
+    """The two numbers of the adaptive policy."""
     group.add_argument(
         "--moe-hysteresis",
         type=float,

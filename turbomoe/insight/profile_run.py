@@ -18,6 +18,7 @@ from turbomoe.experts.module import StoreExperts
 from turbomoe.insight.profile_collect import RoutingProfiler
 from turbomoe.insight.profile_model import routed_model
 from turbomoe.insight.trace import TraceRecorder
+from turbomoe.kv.means import KVMeans
 from turbomoe.models.base import LoadedModel
 from turbomoe.upstream.routers import gate_weights
 
@@ -44,7 +45,12 @@ def sequences(ids: Sequence[int], length: int) -> Iterator[Sequence[int]]:
 
 
 def run_texts(
-    model: LoadedModel, texts: Sequence[Sequence[int]], ctx_size: int, progress: Progress | None = None
+    model: LoadedModel,
+    texts: Sequence[Sequence[int]],
+    ctx_size: int,
+    kv: KVSettings,
+    means: KVMeans | None = None,
+    progress: Progress | None = None,
 ) -> int:
     """Run tokenised ``texts`` through ``model`` in sequences of ``ctx_size`` tokens; tokens run.
 
@@ -55,7 +61,7 @@ def run_texts(
     total, done = sum(map(len, parts)), 0
     if not parts:
         raise RequestError("The texts are too short to profile on", fix=f"Give at least {SHORTEST} tokens")
-    runner = ModelRunner(model, KVSettings(), slots=1, ctx_size=ctx_size)
+    runner = ModelRunner(model, kv, slots=1, ctx_size=ctx_size, means=means)
     for part in parts:
         for count in _run_one(model, runner, part):
             done += count
