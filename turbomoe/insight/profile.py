@@ -33,10 +33,10 @@ Floats = npt.NDArray[np.float64]
 class RoutingStats:
     """Sums over the tokens of one domain. Phases are (prefill, decode); L layers, E experts.
 
-    ``tokens`` [2]; ``counts`` and ``mass`` (gate weights) [2, L, E]; ``recent`` [L, E] decode counts halved every
-    half-life; ``reuse_hits`` of ``reuse_pairs`` [L, 32]: routed experts of a decode step that the step 1..32 before
-    had routed as well; ``recall_hits`` of ``recall_pairs`` [2, L]: routed experts that the layer's own gate names
-    when it is applied to the input of the layer before.
+    ``tokens`` [2]; ``counts`` [2, L, E]; ``recent`` [L, E] decode counts halved every half-life; ``reuse_hits`` of
+    ``reuse_pairs`` [L, 32]: routed experts of a decode step that the step 1..32 before had routed as well. Of all of
+    prefill and one decode step in eight: ``mass`` [2, L, E] gate weights; ``recall_hits`` of ``recall_pairs`` [2, L]:
+    routed experts that the layer's own gate names when it is applied to the input of the layer before.
     """
 
     tokens: Ints
