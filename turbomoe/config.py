@@ -11,6 +11,7 @@ from pathlib import Path
 
 from turbomoe.errors import SettingsError
 
+MOE_POLICIES = ("adaptive", "frozen", "lru")
 KV_TYPE_ALIASES = {"turbo2": "tq2", "turbo3": "tq3", "turbo4": "tq4"}
 
 
@@ -69,7 +70,7 @@ class ExpertSettings:
             value = getattr(self, name)
             whole = isinstance(value, int) and low <= value <= high
             require(whole, f"{name} must be a whole number between {low} and {high}, not {value!r}")
-        require(self.policy in ("adaptive", "frozen"), f"--moe-policy must be adaptive or frozen, not {self.policy!r}")
+        require(self.policy in MOE_POLICIES, f"--moe-policy must be {', '.join(MOE_POLICIES)}, not {self.policy!r}")
 
 
 @dataclass(frozen=True)

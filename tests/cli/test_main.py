@@ -77,12 +77,11 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 
 def test_every_verb_is_listed_and_explains_itself() -> None:
     listing = turbomoe("--help").stdout
+    needed = {verb: ["-m", "x"] for verb in ("run", "chat", "eval")}
+    needed |= {"profile": ["-m", "x", "--text", "t"], "simulate": ["t"]}
     for verb in cli.VERBS:
         assert f"\n    {verb}" in listing
-        assert (
-            cli.build_parser().parse_args([verb, *(["-m", "x"] if verb in ("run", "chat", "eval") else [])]).verb
-            == verb
-        )
+        assert cli.build_parser().parse_args([verb, *needed.get(verb, [])]).verb == verb
 
 
 def test_version() -> None:

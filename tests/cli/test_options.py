@@ -45,6 +45,7 @@ FLAGS = {
     "--moe-cache off": EngineSettings(experts=ExpertSettings(cache="off")),
     "--moe-cache 2G": EngineSettings(experts=ExpertSettings(cache=2 << 30)),
     "--moe-policy frozen": EngineSettings(experts=ExpertSettings(policy="frozen")),
+    "--moe-policy lru": EngineSettings(experts=ExpertSettings(policy="lru")),
     "--moe-hysteresis 1.5": EngineSettings(experts=ExpertSettings(hysteresis=1.5)),
     "--moe-half-life 64": EngineSettings(experts=ExpertSettings(half_life=64.0)),
 }

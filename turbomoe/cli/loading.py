@@ -75,6 +75,10 @@ def load(
 
     with Bar("loading") as bar:
         model = load_model(path, settings, bar, before=before)
+    if args.moe_profile or args.moe_profile_save:
+        from turbomoe.cli.expert_profile import use_profiles
+
+        use_profiles(args, model)
     return model, settled
 
 

@@ -19,7 +19,7 @@ from turbomoe.errors import SettingsError, TurbomoeError
 from turbomoe.notices import board
 
 # One file a verb in this folder, each with add_parser(subparsers) and main(args) -> int.
-VERBS = ("run", "chat", "eval", "demo", "doctor")
+VERBS = ("run", "chat", "profile", "simulate", "eval", "demo", "doctor")
 
 OK, ERROR, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch is imported. Threads that spin while they wait are ruinous when anything else runs (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        code = int(args.main(args))
+        code = _run(args)
         sys.stdout.flush()  # here, where a reader that went away can still be answered
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -60,6 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         return report(error, debug=args.debug)
     return code
+
+
+def _run(args: argparse.Namespace) -> int:
+    """The verb, then what it wants done at its end, however it ended (``args.at_exit``: saving what was learnt)."""
+    args.at_exit = []
+    try:
+        return int(args.main(args))
+    finally:
+        for finish in args.at_exit:
+            finish()
 
 
 def report(error: Exception, debug: bool) -> int:

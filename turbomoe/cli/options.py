@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from turbomoe.config import EngineSettings, ExpertSettings, KVSettings
+from turbomoe.config import MOE_POLICIES, EngineSettings, ExpertSettings, KVSettings
 from turbomoe.notices import Notice, board
 from turbomoe.units import parse_size
 
@@ -96,10 +96,21 @@ def _add_experts(parser: argparse.ArgumentParser, defaults: ExpertSettings) -> N
     )
     group.add_argument(
         "--moe-policy",
-        choices=("adaptive", "frozen"),
+        choices=MOE_POLICIES,
         default=defaults.policy,
-        help="follow the routing, or keep the first placement (default %(default)s)",
+        help="follow the routing with few copies, keep the first placement, or copy every miss (default %(default)s)",
     )
+    add_moe_tuning(group, defaults)
+    group.add_argument(
+        "--moe-profile", metavar="FILE", help="start from a profile of this model (turbomoe profile -o FILE)"
+    )
+    group.add_argument(
+        "--moe-profile-save", metavar="FILE", help="at exit, add this run's routing to the profile in FILE"
+    )
+
+
+def add_moe_tuning(group: argparse._ArgumentGroup, defaults: ExpertSettings) -> None:
+    """The two numbers of the adaptive policy."""
     group.add_argument(
         "--moe-hysteresis",
         type=float,

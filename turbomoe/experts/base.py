@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 import torch
 
@@ -90,3 +91,24 @@ class ExpertExecutor(ABC):
     @abstractmethod
     def reset(self) -> None:
         """Forget a submission that broke off, and protect its experts no longer. Does nothing when none has."""
+
+
+class RoutingObserver(Protocol):
+    """Hears of every pass of an ``ExpertRuntime``: profiles and traces. It changes nothing, and keeps no tensor as is:
+    what it is shown may be overwritten after the pass. A pass that breaks off is followed by another ``begin_step``.
+    """
+
+    def begin_step(self, phase: Phase) -> None:
+        """A forward pass begins."""
+
+    def record(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """A layer was routed: hidden [rows, hidden], what the router saw; ids and weights [rows, k]."""
+
+    def end_step(self) -> None:
+        """The pass has succeeded."""
+
+    def end_prompt(self) -> None:
+        """The last chunk of a prompt has ended."""
+
+    def drop_prompt(self) -> None:
+        """A prompt was given up."""

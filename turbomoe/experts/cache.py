@@ -15,7 +15,8 @@ from turbomoe.experts.base import Phase
 from turbomoe.experts.counters import PHASES, ExpertCounters
 from turbomoe.experts.integrity import check_promoter, check_slots
 from turbomoe.experts.promotion import CopyEngine, Promoter
-from turbomoe.experts.residency import ResidencyPolicy, Residents, count_ids
+from turbomoe.experts.recency import make_policy
+from turbomoe.experts.residency import Residents, count_ids
 from turbomoe.experts.routing import RoutingLog
 from turbomoe.experts.slots import ExpertSlots
 from turbomoe.experts.store import ExpertStore
@@ -36,7 +37,7 @@ class ExpertCache:
         sizes = [layout.blob_bytes for layout in store.layouts]
         self.store, self.settings = store, settings
         self.slots = ExpertSlots(store, quotas, device)
-        self.policy = ResidencyPolicy([layout.num_experts for layout in store.layouts], sizes, top_k, settings)
+        self.policy = make_policy([layout.num_experts for layout in store.layouts], sizes, top_k, settings)
         self.promoter = Promoter(self.slots, engine)
         self.counters = ExpertCounters(len(store.layouts))
         self.routing = RoutingLog(len(store.layouts), top_k, device)

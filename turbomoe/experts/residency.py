@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +25,7 @@ Counts = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class Move:
+class Move(NamedTuple):
     """Bring ``expert`` into a slot of the layer at ``position``: over ``victim``, or into a free one if -1."""
 
     position: int
@@ -156,9 +156,11 @@ class ResidencyPolicy:
         for _ in range(self.settings.swaps_per_layer_step):
             best, worst = gains.argmax(axis=1), losses.argmin(axis=1)
             gain, loss = gains[layers, best], losses[layers, worst]
-            for position in np.flatnonzero(gain > self.settings.hysteresis * loss):
-                move = Move(int(position), int(best[position]), int(worst[position]))
-                found.append((float(gain[position] - loss[position]), move))
+            worthy = np.flatnonzero(gain > self.settings.hysteresis * loss)
+            if not len(worthy):
+                break
+            moves = map(Move, worthy.tolist(), best[worthy].tolist(), worst[worthy].tolist())
+            found += zip((gain - loss)[worthy].tolist(), moves, strict=True)
             gains[layers, best], losses[layers, worst] = -np.inf, np.inf
         return found
 

@@ -14,7 +14,7 @@ import torch
 
 from turbomoe.config import ExpertSettings
 from turbomoe.errors import SettingsError
-from turbomoe.experts.base import ExpertWork, Phase
+from turbomoe.experts.base import ExpertWork, Phase, RoutingObserver
 from turbomoe.experts.outputs import Outputs
 from turbomoe.experts.reference import ReferenceExecutor
 from turbomoe.experts.store import ExpertStore
@@ -33,7 +33,7 @@ class ExpertRuntime:
 
     ``device`` is where slots would lie, ``top_k`` the experts of one row. ``cache`` is None when it is off.
     ``engine`` carries copies to the device; the default copies at once, in the caller's order. ``pool`` computes
-    experts that are packed as planes.
+    experts that are packed as planes. Who sets ``observer`` hears of the routing of every pass.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class ExpertRuntime:
         self._executor = self._build_executor(pool)
         self._outputs = Outputs()
         self._phase = Phase.PREFILL
+        self.observer: RoutingObserver | None = None
 
     def _build_cache(self, engine: CopyEngine | None) -> ExpertCache | None:
         from turbomoe.experts.cache import ExpertCache
@@ -74,6 +75,8 @@ class ExpertRuntime:
         self._phase = phase
         if self.cache:
             self.cache.begin_step(phase)
+        if self.observer:
+            self.observer.begin_step(phase)
 
     def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """``sum_k weights[:, k] * expert_ids[:, k](hidden)``: [T, H], [T, K], [T, K] -> [T, H].
@@ -95,6 +98,8 @@ class ExpertRuntime:
             raise
         if self.cache:
             self.cache.record(layer, ids)
+        if self.observer:
+            self.observer.record(layer, hidden, ids, weights)
         return out
 
     def end_step(self) -> None:
@@ -102,16 +107,22 @@ class ExpertRuntime:
         self._phase = Phase.PREFILL
         if self.cache:
             self.cache.end_step()
+        if self.observer:
+            self.observer.end_step()
 
     def end_prompt(self) -> None:
         """The prompt's last chunk has ended: seed the residency from its routing."""
         if self.cache:
             self.cache.end_prompt()
+        if self.observer:
+            self.observer.end_prompt()
 
     def drop_prompt(self) -> None:
         """The prompt was given up before its end: forget the routing of its chunks. Does nothing with the cache off."""
         if self.cache:
             self.cache.policy.drop_prompt()
+        if self.observer:
+            self.observer.drop_prompt()
 
     def seed_prior(self, counts: npt.ArrayLike, weight: float = 16.0) -> None:
         """Start from a profile's routing counts [layers, experts], worth ``weight`` tokens. Before the first step."""
