@@ -14,7 +14,10 @@ from turbomoe.kv.layer import Side, Step
 from turbomoe.kv.pages import PAGE_TOKENS
 from turbomoe.kv.softmax import OnlineSoftmax
 
-QUERY_BLOCK = 512
+# Queries at a time. On a CPU scores should stay in its caches, and a small block skips more of what is not seen yet:
+# 512 tokens of SmolLM2 take 1.6 times as long in blocks of 512 as in blocks of 64, and 50 MiB more.
+QUERY_BLOCK = {"cpu": 64}
+QUERY_BLOCK_ELSEWHERE = 512
 TILE_PAGES = 8
 
 
@@ -34,9 +37,10 @@ def attend(
         side.keep_sinks(new, step)
         side.store(exact[:, :, : step.count], step)
         side.keep_recent(new, step)
+    rows = QUERY_BLOCK.get(query.device.type, QUERY_BLOCK_ELSEWHERE)
     blocks = [
-        _attend_block(query[:, :, i : i + QUERY_BLOCK], i, exact_k, exact_v, keys, values, step, scale)
-        for i in range(0, step.count, QUERY_BLOCK)
+        _attend_block(query[:, :, i : i + rows], i, exact_k, exact_v, keys, values, step, scale)
+        for i in range(0, step.count, rows)
     ]
     return torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0]
 
