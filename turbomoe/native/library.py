@@ -218,7 +218,7 @@ _opened: list[Core] = []  # what this process uses, at most one
 
 
 def load_core() -> Core | None:
-    """The C core, opened once a process; None, with a notice, where it is not there (it is looked for at every call)."""
+    """The C core, opened once a process; None, with a notice, where it is not there (looked for at every call)."""
     path = None if _opened else find_library()
     if path is not None:
         _opened.append(Core(path))
