@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.native.ggml_error import ggml_activations
+from tests.native.ggml_error import GGML_ERROR, TOKENS, case
 from tests.native.support import QUANTISED, columns_for, random_matrix, relative_error
 from turbomoe.native import reference
 from turbomoe.native.kernels import LinearKernel
@@ -18,7 +18,6 @@ from turbomoe.native.layout import FORMATS
 from turbomoe.native.library import Core, NativeError
 from turbomoe.native.packed import PackedMatrix
 from turbomoe.native.pool import WorkerPool
-from turbomoe.native.repack import unpack
 
 # Float32 sums in another order: measured below 1e-6 everywhere.
 ROUNDING = 3e-6
@@ -45,18 +44,18 @@ def test_against_reference(pool: WorkerPool, level: str, name: str, tokens: int)
             assert relative_error(run(pool, matrix, x, many=many), want) < ROUNDING
 
 
-@pytest.mark.parametrize("name", QUANTISED)
-@pytest.mark.parametrize("tokens", [1, 5, 40])
-def test_error_no_worse_than_ggml(pool: WorkerPool, level: str, name: str, tokens: int) -> None:
-    """ggml rounds activations too; against exact activations ours may not be further off (2% for chance)."""
-    rng = np.random.default_rng(7)
-    cols = columns_for(name, 1024)
-    matrix = random_matrix(rng, name, 256, cols, pool)
-    x = torch.from_numpy(rng.standard_normal((tokens, cols), dtype=np.float32))
-    weight = unpack(matrix.blob, name, 256, cols).double()
-    exact, ggml = x.double() @ weight.T, ggml_activations(x, name).double() @ weight.T
-    for many in (False, True):
-        assert relative_error(run(pool, matrix, x, many=many), exact) < 1.02 * relative_error(ggml, exact)
+@pytest.mark.parametrize("name", sorted(GGML_ERROR))
+def test_error_no_worse_than_ggml(pool: WorkerPool, level: str, name: str) -> None:
+    """On the same numbers, against exact weights and activations: 2% for chance, 1e-7 for float32 itself."""
+    for tokens, ggml in zip(TOKENS, GGML_ERROR[name], strict=True):
+        raw, x, exact = case(name, tokens)
+        matrix = PackedMatrix.from_raw(raw, name, len(raw), x.shape[1], pool)
+        for many in (False, True):
+            assert relative_error(run(pool, matrix, x, many=many), exact) < 1.02 * ggml + 1e-7
+
+
+def test_every_format_has_a_recorded_error() -> None:
+    assert set(GGML_ERROR) == set(FORMATS)
 
 
 def test_rows_do_not_depend_on_company(pool: WorkerPool, level: str) -> None:

@@ -16,7 +16,7 @@ BUGS = {
     "a zero point is forgotten": ("kernels.h", "if (ZERO(F) == 0)", "if (ZERO(F) <= 8)"),
     "a min is added": ("kernels.h", "return vf_fnma(s.less", "return vf_fma(s.less"),
     "the end of a row is left out": ("kernels.h", "if (g < groups)\n", "if (g + 1 < groups)\n"),
-    "padding is not cleared": ("inputs.c", "g = cols / TM_GROUP, n =", "g = cols / TM_GROUP + 1, n ="),
+    "padding is not cleared": ("inputs.c", "level->quantise(zeros,", "if (g < 0) level->quantise(zeros,"),
     "a fifth bit is lost": ("kernels.h", "*hi = vb_or(*hi, hi_bits);", "*hi = *hi;"),
     "a pair takes its neighbour's place": ("routes.c", "slot->first + slot->count++", "slot->first + slot->count"),
     "a row reads another row": ("routes.c", "r->row[r->place[i]] = i / top", "r->row[r->place[i]] = 0"),
@@ -25,7 +25,11 @@ BUGS = {
     "h is rounded before it is whole": ("experts.c", "memory_order_acq_rel) == 1)", "memory_order_acq_rel) >= 1)"),
     "units are lost": ("pool.c", "n = n > most ? most : n;", "n = n > most ? most + 1 : n;"),
     "a phase opens early": ("pool.c", "memory_order_acq_rel) == done)", "memory_order_acq_rel) <= done + 1)"),
-    "many tokens share a scale": ("kernels_panel.h", "vf_set(x[t].scale[g])", "vf_set(x[0].scale[g])"),
+    "many tokens share a scale": (
+        "kernels_panel.h",
+        "vf_set(x[t].scale[scale_at(g)])",
+        "vf_set(x[0].scale[scale_at(g)])",
+    ),
     "a refusal is forgotten": ("experts.c", "call->status = TM_ERR_ROUTE", "call->status = TM_OK"),
 }
 TEST = Path(__file__).parent / "c" / "core_test.c"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from turbomoe.config import EngineSettings, KVSettings
 from turbomoe.hardware.memory import MemoryUse
-from turbomoe.kv.attention import QUERY_BLOCK, TILE_PAGES
+from turbomoe.kv.attention import TILE_PAGES, query_block
 from turbomoe.kv.cache import KVCache
 from turbomoe.kv.pages import PAGE_TOKENS
 from turbomoe.models.base import Forecast
@@ -69,8 +69,9 @@ def slot_bytes(forecast: Forecast, settings: EngineSettings) -> int:
 def workspace_bytes(forecast: Forecast, settings: EngineSettings) -> int:
     """An upper estimate of the largest temporaries of a step: attention scores, FFN activations, logits; float32."""
     config, rows = forecast.config, max(settings.prefill_chunk, settings.parallel)
-    keys = TILE_PAGES * PAGE_TOKENS + min(rows, QUERY_BLOCK) + settings.kv.recent
-    scores = 3 * config.num_attention_heads * min(rows, QUERY_BLOCK) * keys
+    block = min(rows, query_block(settings.device.partition(":")[0]))
+    keys = TILE_PAGES * PAGE_TOKENS + block + settings.kv.recent
+    scores = 3 * config.num_attention_heads * block * keys
     width = getattr(config, "intermediate_size", None) or getattr(config, "moe_intermediate_size", config.hidden_size)
     activations = rows * (4 * width + 8 * config.hidden_size)
     logits = 3 * settings.parallel * config.vocab_size

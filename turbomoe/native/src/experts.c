@@ -64,7 +64,7 @@ static void quantise_group(tm_experts_work *w, const tm_slot *slot, long group)
         const float *h = w->h.floats + p * w->h.cols + group * TM_GROUP;
         w->level->quantise(h, tm_act_at(w->h.acts + p * w->h.act_bytes, w->h.cols), group, 1);
         if (group == 0)
-            tm_inputs_pad(&w->h, p);
+            tm_inputs_pad(&w->h, w->level, p);
     }
 }
 

@@ -23,8 +23,8 @@ static inline void *tm_inputs_row(const tm_inputs *in, int format, long r)
 /* Take row `r` in from values of a TM_TYPE, and quantise it where `quantised`. */
 void tm_inputs_take(const tm_inputs *in, const tm_level *level, long r, const void *from, int type, int quantised);
 
-/* Zero the padding of quantised row `r`; only for rows that are quantised group by group. */
-void tm_inputs_pad(const tm_inputs *in, long r);
+/* Zero the padding of quantised row `r`, which kernels read; only for rows that are quantised group by group. */
+void tm_inputs_pad(const tm_inputs *in, const tm_level *level, long r);
 
 static const int tm_type_bytes[TM_TYPES] = {4, 2, 2};
 

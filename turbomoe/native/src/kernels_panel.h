@@ -18,10 +18,6 @@ typedef struct {
     vf less[PANEL_VECTORS][PANEL_GROUPS], less2[PANEL_VECTORS][PANEL_GROUPS];
 } panel;
 
-/* How many products of codes can be summed before 16 bits overflow (levels without 16-bit sums do not mind). */
-#define SPAN(F)                                                                                                        \
-    (SIGNED(F) ? VA_SIGNED_SPAN : tm_formats[F].high_bits == 2 ? 2 : tm_formats[F].high_bits || tm_formats[F].table ? 4 : 8)
-
 /* Block `b` of the step at group `g`, all rows, into groups from `to` on. */
 INLINE void unpack_block(const int F, const tm_matrix *m, const row_at *w, long g, int b, vb (*to)[8])
 {
@@ -72,38 +68,43 @@ INLINE void unpack_panel(const int F, const tm_matrix *m, const row_at *w, long 
 }
 
 /* Products of `count` vectors of codes from `w` on with values `x[t]` of T tokens, added to `part`. Every vector of
- * codes is loaded once for all tokens, every four values once for all rows. A true loop: unrolled, the compiler
- * loads ahead and spills. */
+ * codes is loaded once for all tokens, every four values once for all rows. Two at a time: unrolled further, the
+ * compiler loads ahead and spills. */
 INLINE void panel_run(const int F, const vb *w, const int count, const int T, const int8_t *const *x,
                       va (*part)[PANEL_TILE])
 {
-    _Pragma("GCC unroll 1") for (int j = 0; j < count; j++) {
+    _Pragma("GCC unroll 2") for (int j = 0; j < count; j++) {
         vb rows[PANEL_VECTORS];
         UNROLL for (int v = 0; v < PANEL_VECTORS; v++)
             rows[v] = w[v * 8 * PANEL_GROUPS + j];
         UNROLL for (int t = 0; t < T; t++) {
-            vb four = vb_four(x[t] + 4 * j);
+            vb four = vb_four(x[t] + 4 * LANES * j);
             UNROLL for (int v = 0; v < PANEL_VECTORS; v++)
                 part[v][t] = va_add(part[v][t], rows[v], four, SIGNED(F));
         }
     }
 }
 
-/* Sums over one half of group `i`, added to `sum`. */
-INLINE void panel_half(const int F, const panel *p, long i, const int second, const int T, const tm_act *act, long g,
-                       va (*part)[PANEL_TILE], vi (*sum)[PANEL_TILE])
+/* Sums over group `i`, or over its halves apart. */
+INLINE void panel_sums(const int F, const panel *p, long i, const int T, const tm_act *act, long g,
+                       vi (*sum)[PANEL_TILE], vi (*sum2)[PANEL_TILE])
 {
-    const int span = SPAN(F) < 4 ? SPAN(F) : 4;
-    for (int from = 0; from < 4; from += span) {
+    const int half = tm_formats[F].scale == TM_SCALE_HALF;
+    va part[PANEL_VECTORS][PANEL_TILE];
+    UNROLL for (int t = 0; t < T; t++)
+        UNROLL for (int v = 0; v < PANEL_VECTORS; v++) {
+            part[v][t] = va_zero();
+            sum[v][t] = sum2[v][t] = vi_zero();
+        }
+    UNROLL for (int from = 0; from < 8; from += SPAN(F)) {
         const int8_t *x[PANEL_TILE];
         UNROLL for (int t = 0; t < T; t++)
-            x[t] = (second ? act[t].second : act[t].first) + 16 * g + 4 * from;
-        panel_run(F, &p->codes[0][i][4 * second + from], span, T, x, part);
-        if (SPAN(F) == 8 && !second)
-            continue;
+            x[t] = act[t].values + act_at(g) + 4 * LANES * from;
+        panel_run(F, &p->codes[0][i][from], SPAN(F), T, x, part);
+        vi (*to)[PANEL_TILE] = half && from >= 4 ? sum2 : sum;
         UNROLL for (int t = 0; t < T; t++)
             UNROLL for (int v = 0; v < PANEL_VECTORS; v++) {
-                sum[v][t] = vi_add(sum[v][t], vi_part(part[v][t], SIGNED(F)));
+                to[v][t] = vi_add(to[v][t], vi_part(part[v][t], SIGNED(F)));
                 part[v][t] = va_zero();
             }
     }
@@ -114,17 +115,10 @@ INLINE void panel_group(const int F, const panel *p, long i, const int T, const 
                         vf (*out)[PANEL_TILE])
 {
     const int half = tm_formats[F].scale == TM_SCALE_HALF;
-    va part[PANEL_VECTORS][PANEL_TILE];
     vi sum[PANEL_VECTORS][PANEL_TILE], sum2[PANEL_VECTORS][PANEL_TILE];
-    UNROLL for (int t = 0; t < T; t++)
-        UNROLL for (int v = 0; v < PANEL_VECTORS; v++) {
-            part[v][t] = va_zero();
-            sum[v][t] = sum2[v][t] = vi_zero();
-        }
-    panel_half(F, p, i, 0, T, x, g, part, sum);
-    panel_half(F, p, i, 1, T, x, g, part, half ? sum2 : sum);
+    panel_sums(F, p, i, T, x, g, sum, sum2);
     UNROLL for (int t = 0; t < T; t++) {
-        const vf scale = vf_set(x[t].scale[g]), all = vf_set(x[t].sum[g]), second = vf_set(x[t].sum2[g]);
+        const vf scale = vf_set(x[t].scale[scale_at(g)]), all = vf_set(x[t].sum[g]), second = vf_set(x[t].sum2[g]);
         UNROLL for (int v = 0; v < PANEL_VECTORS; v++) {
             out[v][t] = vf_fma(vf_int(sum[v][t]), vf_mul(p->scale[v][i], scale), out[v][t]);
             if (half) {

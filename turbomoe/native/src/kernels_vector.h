@@ -2,15 +2,24 @@
  * over the group primitives of rounding_*.h. */
 #include "nearest.h"
 
+/* The values of a group to where kernels read them, four by four. */
+INLINE void spread(const int8_t *from, int8_t *to)
+{
+    for (int j = 0; j < TM_GROUP / 4; j++)
+        memcpy(to + 4 * LANES * j, from + 4 * j, 4);
+}
+
 static void quantise(const float *x, tm_act to, long first, long n)
 {
     for (long g = first; g < first + n; g++) {
         const float *from = x + (g - first) * TM_GROUP;
         int32_t sum[2];
+        int8_t q[TM_GROUP];
         float most = group_peak(from), inverse = most > 0x1p-100f && most < 0x1p120f ? 127.0f / most : 0.0f;
-        group_round(from, inverse, to.first + g * 16, to.second + g * 16, sum);
+        group_round(from, inverse, q, sum);
+        spread(q, to.values + act_at(g));
         float scale = most < 0x1p120f ? most / 127.0f : (float)NAN;
-        to.scale[g] = scale;
+        to.scale[scale_at(g)] = scale;
         to.sum[g] = scale * (float)(sum[0] + sum[1]);
         to.sum2[g] = scale * (float)sum[1];
     }

@@ -16,16 +16,13 @@ INLINE float group_peak(const float *x)
     return result;
 }
 
-/* x * inverse, rounded, as int8: values 0..15 to `first`, the others to `second`; their sums. 0 gives zeros. */
-INLINE void group_round(const float *x, float inverse, int8_t *first, int8_t *second, int32_t *sum)
+/* q = x * inverse, rounded; `inverse` 0 gives zeros. The sums of both halves of q. */
+INLINE void group_round(const float *x, float inverse, int8_t *q, int32_t *sum)
 {
-    int8_t *to[2] = {first, second};
-    for (int half = 0; half < 2; half++) {
-        sum[half] = 0;
-        for (int i = 0; i < 16; i++) {
-            int32_t q = inverse == 0.0f ? 0 : nearest(x[16 * half + i] * inverse);
-            to[half][i] = (int8_t)q;
-            sum[half] += q;
-        }
+    sum[0] = sum[1] = 0;
+    for (int i = 0; i < TM_GROUP; i++) {
+        int32_t value = inverse == 0.0f ? 0 : nearest(x[i] * inverse);
+        q[i] = (int8_t)value;
+        sum[i / 16] += value;
     }
 }

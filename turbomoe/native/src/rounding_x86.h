@@ -16,8 +16,8 @@ INLINE float group_peak(const float *x)
     return _mm_cvtss_f32(_mm_castsi128_ps(four));
 }
 
-/* x * inverse, rounded, as int8: values 0..15 to `first`, the others to `second`; their sums. 0 gives zeros. */
-INLINE void group_round(const float *x, float inverse, int8_t *first, int8_t *second, int32_t *sum)
+/* to = x * inverse, rounded; `inverse` 0 gives zeros. The sums of both halves of it. */
+INLINE void group_round(const float *x, float inverse, int8_t *to, int32_t *sum)
 {
     const __m256 factor = _mm256_set1_ps(inverse);
     __m256i q[4];
@@ -27,8 +27,7 @@ INLINE void group_round(const float *x, float inverse, int8_t *first, int8_t *se
     /* Packing works within 128-bit lanes: put the dwords back in order. */
     __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
     bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    _mm_storeu_si128((__m128i *)(void *)first, _mm256_castsi256_si128(bytes));
-    _mm_storeu_si128((__m128i *)(void *)second, _mm256_extracti128_si256(bytes, 1));
+    _mm256_storeu_si256((__m256i *)(void *)to, bytes);
     __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
     __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
     fours = _mm256_add_epi32(fours, _mm256_shuffle_epi32(fours, 0x4e));

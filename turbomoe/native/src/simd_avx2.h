@@ -47,25 +47,24 @@ INLINE vf vf_levels(const float *table, const uint8_t *index)
 }
 
 /* One superblock covers a step of 8 groups. */
-INLINE vf vf_super(const uint8_t *p, int stride)
+INLINE vf vf_super(const uint8_t *p)
 {
-    (void)stride;
     uint16_t half;
     memcpy(&half, p, 2);
     return _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(half)));
 }
-
-/* Ordered so that spreading stays within 128-bit lanes: crossing them costs thrice as much. */
-INLINE vf vf_order(vf p) { return _mm256_permutevar8x32_ps(p, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)); }
-INLINE vf vf_spread(vf p, const int b)
+INLINE void vf_super_pair(const uint8_t *p, vf *scale, vf *less)
 {
-    return b == 0   ? _mm256_permute_ps(p, 0x00)
-           : b == 1 ? _mm256_permute_ps(p, 0x55)
-           : b == 2 ? _mm256_permute_ps(p, 0xaa)
-                    : _mm256_permute_ps(p, 0xff);
+    __m128 pair = _mm_cvtph_ps(_mm_loadu_si32(p));
+    *scale = _mm256_broadcastss_ps(pair);
+    *less = _mm256_broadcastss_ps(_mm_movehdup_ps(pair));
 }
 
+/* The order in which vb_transpose4 leaves groups. */
+INLINE vf vf_order(vf p) { return _mm256_permutevar8x32_ps(p, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)); }
+
 INLINE vb vb_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+INLINE vb vb_zero(void) { return _mm256_setzero_si256(); }
 INLINE vb vb_or(vb a, vb b) { return _mm256_or_si256(a, b); }
 INLINE vb vb_low(vb a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
 INLINE vb vb_high(vb a) { return vb_low(_mm256_srli_epi16(a, 4)); }
@@ -94,11 +93,6 @@ INLINE void vb_high2(const uint8_t *row, long g, int b, vb *lo, vb *hi)
 }
 
 INLINE vi widen(vi pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
-INLINE vi vi_dot(vb w, vb x) { return widen(_mm256_maddubs_epi16(w, x)); }
-INLINE vi vi_dot2(vb lo, vb hi, vb xlo, vb xhi)
-{
-    return widen(_mm256_add_epi16(_mm256_maddubs_epi16(lo, xlo), _mm256_maddubs_epi16(hi, xhi)));
-}
 
 /* Signed codes: |w| times x with the sign of w. 128 * 127 * 2 still fits 16 bits, but only one pair does. */
 #define SIGNED_ZERO 0
@@ -107,9 +101,16 @@ INLINE vi vi_dot_signed(vb w, vb x)
 {
     return widen(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)));
 }
-INLINE vi vi_dot2_signed(vb lo, vb hi, vb xlo, vb xhi)
+
+/* Turn 4 rows of 4 dwords into 4 columns, within each 128-bit lane. */
+INLINE void vb_transpose4(vb *r)
 {
-    return _mm256_add_epi32(vi_dot_signed(lo, xlo), vi_dot_signed(hi, xhi));
+    vb a = _mm256_unpacklo_epi32(r[0], r[1]), b = _mm256_unpackhi_epi32(r[0], r[1]);
+    vb c = _mm256_unpacklo_epi32(r[2], r[3]), d = _mm256_unpackhi_epi32(r[2], r[3]);
+    r[0] = _mm256_unpacklo_epi64(a, c);
+    r[1] = _mm256_unpackhi_epi64(a, c);
+    r[2] = _mm256_unpacklo_epi64(b, d);
+    r[3] = _mm256_unpackhi_epi64(b, d);
 }
 
 /* Turn 8 rows of 8 dwords into 8 columns. */

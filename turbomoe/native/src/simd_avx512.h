@@ -40,29 +40,27 @@ INLINE vf vf_levels(const float *table, const uint8_t *index)
 }
 
 /* Two superblocks cover a step of 16 groups. */
-INLINE vf vf_super(const uint8_t *p, int stride)
+INLINE vf half_each(__m128 of, int first, int second)
 {
-    uint16_t half[2];
-    memcpy(half, p, 2);
-    memcpy(half + 1, p + stride, 2);
-    __m512 pair = _mm512_castps128_ps512(_mm_cvtph_ps(_mm_cvtsi32_si128(half[0] | half[1] << 16)));
-    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), pair);
+    const __m512i which = _mm512_inserti64x4(_mm512_set1_epi32(first), _mm256_set1_epi32(second), 1);
+    return _mm512_permutexvar_ps(which, _mm512_castps128_ps512(of));
+}
+INLINE vf vf_super(const uint8_t *p) { return half_each(_mm_cvtph_ps(_mm_loadu_si32(p)), 0, 1); }
+INLINE void vf_super_pair(const uint8_t *p, vf *scale, vf *less)
+{
+    __m128 four = _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)(const void *)p));
+    *scale = half_each(four, 0, 2);
+    *less = half_each(four, 1, 3);
 }
 
-/* Ordered so that spreading stays within 128-bit lanes. */
+/* The order in which vb_transpose4 leaves groups. */
 INLINE vf vf_order(vf p)
 {
     return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), p);
 }
-INLINE vf vf_spread(vf p, const int b)
-{
-    return b == 0   ? _mm512_permute_ps(p, 0x00)
-           : b == 1 ? _mm512_permute_ps(p, 0x55)
-           : b == 2 ? _mm512_permute_ps(p, 0xaa)
-                    : _mm512_permute_ps(p, 0xff);
-}
 
 INLINE vb vb_load(const void *p) { return _mm512_loadu_si512(p); }
+INLINE vb vb_zero(void) { return _mm512_setzero_si512(); }
 INLINE vb vb_or(vb a, vb b) { return _mm512_or_si512(a, b); }
 INLINE vb vb_low(vb a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 INLINE vb vb_high(vb a) { return vb_low(_mm512_srli_epi16(a, 4)); }
@@ -98,14 +96,21 @@ INLINE void vb_high2(const uint8_t *row, long g, int b, vb *lo, vb *hi)
     *hi = bits_to_4(bits, b % 2 * 4 + 2);
 }
 
-INLINE vi vi_dot(vb w, vb x) { return _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, x); }
-INLINE vi vi_dot2(vb lo, vb hi, vb xlo, vb xhi) { return _mm512_dpbusd_epi32(vi_dot(lo, xlo), hi, xhi); }
 
 /* Signed codes are moved up by 128; the kernel takes 128 times the sum of the activations away. */
 #define SIGNED_ZERO 128
 INLINE vb vb_signed(vb w) { return _mm512_xor_si512(w, _mm512_set1_epi8((char)0x80)); }
-INLINE vi vi_dot_signed(vb w, vb x) { return vi_dot(w, x); }
-INLINE vi vi_dot2_signed(vb lo, vb hi, vb xlo, vb xhi) { return vi_dot2(lo, hi, xlo, xhi); }
+
+/* Turn 4 rows of 4 dwords into 4 columns, within each 128-bit lane. */
+INLINE void vb_transpose4(vb *r)
+{
+    vb a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
+    vb c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
+    r[0] = _mm512_unpacklo_epi64(a, c);
+    r[1] = _mm512_unpackhi_epi64(a, c);
+    r[2] = _mm512_unpacklo_epi64(b, d);
+    r[3] = _mm512_unpackhi_epi64(b, d);
+}
 
 /* Turn 16 rows of 16 dwords into 16 columns: within 128-bit lanes first, then the lanes. */
 INLINE void vb_transpose(vb *r)

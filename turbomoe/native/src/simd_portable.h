@@ -56,16 +56,19 @@ INLINE vf vf_levels(const float *table, const uint8_t *index)
 }
 
 /* A step of 4 groups lies within one superblock. */
-INLINE vf vf_super(const uint8_t *p, int stride)
+INLINE vf vf_super(const uint8_t *p)
 {
-    (void)stride;
     uint16_t half;
     memcpy(&half, p, sizeof half);
     return from_f16((vu){half, half, half, half});
 }
+INLINE void vf_super_pair(const uint8_t *p, vf *scale, vf *less)
+{
+    *scale = vf_super(p);
+    *less = vf_super(p + 2);
+}
 
 INLINE vf vf_order(vf p) { return p; }
-INLINE vf vf_spread(vf p, const int b) { return vf_set(p[b]); }
 
 INLINE vb vb_load(const void *p)
 {
@@ -73,6 +76,7 @@ INLINE vb vb_load(const void *p)
     memcpy(&a, p, sizeof a);
     return a;
 }
+INLINE vb vb_zero(void) { return (vb){0}; }
 INLINE vb vb_or(vb a, vb b) { return a | b; }
 INLINE vb vb_low(vb a) { return a & 15; }
 INLINE vb vb_high(vb a) { return a >> 4; }
@@ -109,13 +113,9 @@ INLINE vs odd(vb a) { return (vs)a >> 8; }
 INLINE vi widen(vs pairs) { return (((vi)pairs << 16) >> 16) + ((vi)pairs >> 16); }
 INLINE vs pair_products(vb w, vb x) { return even(w) * even(x) + odd(w) * odd(x); }
 
-INLINE vi vi_dot(vb w, vb x) { return widen(pair_products(w, x)); }
-INLINE vi vi_dot2(vb lo, vb hi, vb xlo, vb xhi) { return widen(pair_products(lo, xlo) + pair_products(hi, xhi)); }
 
 #define SIGNED_ZERO 0
 INLINE vb vb_signed(vb w) { return w; }
-INLINE vi vi_dot_signed(vb w, vb x) { return vi_dot(w, x); }
-INLINE vi vi_dot2_signed(vb lo, vb hi, vb xlo, vb xhi) { return vi_dot(lo, xlo) + vi_dot(hi, xhi); }
 
 /* Turn 4 rows of 4 dwords into 4 columns. */
 INLINE void vb_transpose(vb *r)
@@ -128,6 +128,7 @@ INLINE void vb_transpose(vb *r)
     for (int i = 0; i < 4; i++)
         r[i] = (vb)out[i];
 }
+INLINE void vb_transpose4(vb *r) { vb_transpose(r); }
 INLINE void vf_transpose(vf *r)
 {
     vb bits[4];
