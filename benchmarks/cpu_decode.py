@@ -28,9 +28,16 @@ Result = dict[str, float]  # prefill_s and decode_s of PROMPT and ANSWER - 1 tok
 Run = Callable[[], Result]
 
 
-def prompt_ids() -> list[int]:
-    """The same ids for everyone: what they mean does not matter to the time they take."""
-    return [100 + 37 * i % 5000 for i in range(PROMPT)]
+def prompt_ids(model: Path) -> list[int]:
+    """The first ids of a novel, the same for every arm."""
+    from turbomoe.files import open_model
+    from turbomoe.files.tokenizer import build_backend
+    from turbomoe.files.vocabulary import read_vocabulary
+    from turbomoe.insight.texts import judgement_text
+
+    source = open_model(model)
+    backend = build_backend(read_vocabulary(source.metadata, source.path))
+    return list(backend.encode(judgement_text()[: 16 * PROMPT]).ids[:PROMPT])
 
 
 # -- arms: each returns a function that does one round, and the bytes of its weights if it knows them -------------
@@ -52,9 +59,11 @@ def ours(dtype: str, model: Path, threads: int) -> tuple[Run, dict[str, Any]]:
     engine = Engine(loaded, settings)
     facts = {"weight_bytes": loaded.weight_bytes, "kv_bytes": engine.runner.memory.nbytes(), "imported": imported}
 
+    ids = tuple(prompt_ids(model))
+
     def run() -> Result:
         _forget(engine)
-        request = Request(tuple(prompt_ids()), max_tokens=ANSWER, ignore_eos=True)
+        request = Request(ids, max_tokens=ANSWER, ignore_eos=True)
         start = time.perf_counter()
         times = [time.perf_counter() for event in engine.stream(request) if event.token is not None]
         return {"prefill_s": times[0] - start, "decode_s": times[-1] - times[0]}
@@ -78,7 +87,13 @@ def xllamacpp(model: Path, threads: int) -> tuple[Run, dict[str, Any]]:
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.n_gpu_layers, params.verbosity = 0, 0
     server = peer.Server(params)
-    request = {"prompt": prompt_ids(), "n_predict": ANSWER, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    request = {
+        "prompt": prompt_ids(model),
+        "n_predict": ANSWER,
+        "temperature": 0,
+        "ignore_eos": True,
+        "cache_prompt": False,
+    }
 
     def run() -> Result:
         answer = server.handle_completions(request)
@@ -98,11 +113,12 @@ def llama_cpp(model: Path, threads: int) -> tuple[Run, dict[str, Any]]:
 
     peer = Llama(str(model), n_ctx=2048, n_batch=PROMPT, n_ubatch=PROMPT, n_threads=threads,
                  n_threads_batch=threads, verbose=False)  # fmt: skip
+    ids = prompt_ids(model)
 
     def run() -> Result:
         peer.reset()
         start = time.perf_counter()
-        peer.eval(prompt_ids())
+        peer.eval(ids)
         token, middle = peer.sample(temp=0), time.perf_counter()
         for _ in range(ANSWER - 1):
             peer.eval([token])
@@ -145,7 +161,10 @@ class Arm:
     def __init__(self, name: str, python: str, args: argparse.Namespace) -> None:
         self.name, self.rounds, self.peak = name, [], 0
         command = [python, __file__, str(args.model), "--worker", name, "--threads", str(args.threads)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(args.threads)}
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": str(args.threads),
+        }
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.DEVNULL, text=True, env=environment)  # fmt: skip
         first = self.process.stdout.readline()  # type: ignore[union-attr]

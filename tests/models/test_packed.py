@@ -21,7 +21,7 @@ from turbomoe.files.base import TensorInfo
 from turbomoe.files.blocks import FORMATS, dequantise
 from turbomoe.insight.texts import judgement_text
 from turbomoe.models import LoadedModel, load_model
-from turbomoe.models.packed import PackedEmbedding, PackedLinear, run_together, unpack_rows
+from turbomoe.models.packed import PackedEmbedding, PackedHead, PackedLinear, run_together, unpack_rows
 from turbomoe.models.packing import Packing, packing_of
 from turbomoe.models.placement import Dense, Transform, chain, minus_one, rope_pairs, same, value_heads
 from turbomoe.native.build import BuildError, ensure_built
@@ -60,11 +60,14 @@ class Twin(nn.Module):
     def __init__(self, packed: PackedLinear) -> None:
         super().__init__()
         self.matrix, self.columns, layout = packed.matrix, packed.columns, packed.matrix.layout
+        self.is_head = isinstance(packed, PackedHead)
         self.weight = unpack(packed.matrix.blob, layout.format.name, layout.rows, layout.cols)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x if self.columns is None else x[..., self.columns]
-        x = x if self.matrix.layout.format.is_float else round_activations(x)
+        if not self.matrix.layout.format.is_float:
+            once = round_activations(x)
+            x = once + round_activations(x - once) if self.is_head else once
         return F.linear(x, self.weight, self.matrix.bias)
 
 
@@ -236,7 +239,7 @@ def test_a_scale_that_is_no_number_names_tensor_and_file(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_smollm2_packed_stays_close_to_float32() -> None:
-    """2,048 tokens of a novel: measured mean KL 0.0029 and 96.4 % same top (standard error 0.4 %)."""
+    """2,048 tokens of a novel: measured mean KL 0.0021 and 97.6 % same top."""
     path = smollm2()
     packed, exact = load_model(path, EngineSettings(), attention="sdpa"), load_model(path, FLOAT32, attention="sdpa")
     assert packed.tokenizer is not None
@@ -246,9 +249,10 @@ def test_smollm2_packed_stays_close_to_float32() -> None:
         pairs = [(packed.shell.lm_head(x), exact.shell.lm_head(y)) for x, y in zip(found, wanted, strict=True)]
     divergence = torch.cat([kl(y, x) for x, y in pairs])
     same = torch.cat([x.argmax(-1) == y.argmax(-1) for x, y in pairs]).float()
+    print(f"mean KL {divergence.mean():.5f}, same top {same.mean():.4f}")
     assert len(same) == 2048
     assert divergence.mean() < 0.005
-    assert same.mean() > 0.955
+    assert same.mean() >= 0.97
 
 
 def kl(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from turbomoe.native.layout import packed_layout
 from turbomoe.native.library import LINEAR_MATRICES, TYPES, CLinear, CLinearCall, NativeError, check_status
 from turbomoe.native.packed import PackedMatrix
 from turbomoe.native.pool import WorkerPool
+from turbomoe.native.reference import round_activations
 from turbomoe.native.repack import plane_bytes, unpack
 
 ROWS = 512  # rows of one native call: longer inputs are cut, so that the core's room stays small
@@ -52,7 +53,7 @@ def _free(pool: WorkerPool, work: int) -> None:
 _rooms: weakref.WeakValueDictionary[int, LinearRoom] = weakref.WeakValueDictionary()  # by the pool's handle
 
 
-def _room(pool: WorkerPool) -> LinearRoom:
+def linear_room(pool: WorkerPool) -> LinearRoom:
     room = _rooms.get(pool.handle)
     if room is None or room.pool is not pool:
         room = _rooms[pool.handle] = LinearRoom(pool)
@@ -67,7 +68,7 @@ class PackedCall:
         self._rows = [matrix.layout.rows for matrix in matrices]
         self._total = sum(self._rows)
         self._cols = matrices[0].layout.cols
-        self._room = None if pool is None else _room(pool)
+        self._room = None if pool is None else linear_room(pool)
         if self._room is not None:
             self._prepare(self._room)
 
@@ -137,6 +138,20 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         layout = self.matrix.layout
         return f"{layout.cols}, {layout.rows}, {layout.format.name}"
+
+
+class PackedHead(PackedLinear):
+    """An output head: what rounding left of its input is rounded and multiplied too, as if activations had 15 bits.
+
+    Logits show every rounding, and the head reads its weights once a token, whatever the number of inputs.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.columns is not None or self.pool is None or self.matrix.layout.format.is_float:
+            return super().forward(x)
+        both = self._alone(torch.stack((x, x - round_activations(x).to(x.dtype))))[0]
+        y = both[0] + both[1]
+        return y if self.matrix.bias is None else y - self.matrix.bias
 
 
 def run_together(linears: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:

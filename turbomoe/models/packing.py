@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from turbomoe.files.base import TensorInfo
-from turbomoe.models.packed import PackedEmbedding, PackedLinear
+from turbomoe.models.packed import PackedEmbedding, PackedHead, PackedLinear
 from turbomoe.models.placement import Dense, Transform, same
 from turbomoe.models.plan import LoadPlan
 from turbomoe.native.layout import FORMATS, PackedLayout, packed_layout
@@ -114,9 +114,10 @@ def swap_packed(
         if isinstance(module, nn.Embedding):
             shell.set_submodule(path, PackedEmbedding(matrix, scale=getattr(module, "embed_scale", None)))
             if tied:
-                shell.set_output_embeddings(PackedLinear(matrix, pool))  # type: ignore[operator]
+                shell.set_output_embeddings(PackedHead(matrix, pool))  # type: ignore[operator]
         else:
-            shell.set_submodule(path, PackedLinear(_with_bias(matrix, module), pool, packing[name].columns))
+            kind = PackedHead if module is shell.get_output_embeddings() else PackedLinear  # type: ignore[operator]
+            shell.set_submodule(path, kind(_with_bias(matrix, module), pool, packing[name].columns))
 
 
 def _with_bias(matrix: PackedMatrix, module: nn.Module) -> PackedMatrix:

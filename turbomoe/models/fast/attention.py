@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from turbomoe.kv.shape import AttentionShape
 from turbomoe.models.fast.ops import Joined, RMSNorm, rotate, single
 
 Angles = tuple[torch.Tensor, torch.Tensor]
-HeadNorm = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Attention:
@@ -21,7 +19,7 @@ class Attention:
     ``gated``: the query projection holds, head by head, a query and a gate of the same size (Qwen3.5).
     """
 
-    def __init__(self, module: Any, shape: AttentionShape, norm: HeadNorm | None, *, gated: bool = False) -> None:
+    def __init__(self, module: Any, shape: AttentionShape, norm: RMSNorm | None, *, gated: bool = False) -> None:
         self.shape, self.norm, self.gated = shape, norm, gated
         self.scale = float(module.scaling)
         self.project = Joined([module.q_proj, module.k_proj, module.v_proj])

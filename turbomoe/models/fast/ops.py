@@ -92,6 +92,7 @@ class Rotary:
     def __init__(self, rotary: Any) -> None:
         self._frequencies: torch.Tensor = rotary.inv_freq.float()
         self._scaling = float(rotary.attention_scaling)
+        self.channels = 2 * len(self._frequencies)
 
     def angles(self, step: Step, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, signed sin) of the step's tokens, [B * S, 1, rotated] each; for ``rotate``."""
