@@ -92,7 +92,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     folder = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32).eval()
-    gguf = load_model(options.gguf, EngineSettings(ctx_size=LENGTH))
+    gguf = load_model(options.gguf, EngineSettings(ctx_size=LENGTH, dtype="float32"))
     rows = {}
     for part in read(options.tokens):
         if part.split != "train":

@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gguf", type=Path)
     path = parser.parse_args().gguf
-    model = load_model(path, EngineSettings(ctx_size=CONTEXT))
+    model = load_model(path, EngineSettings(ctx_size=CONTEXT, dtype="float32"))
     rows = []
     for prompt, other in zip(PROMPTS, by_llama_cpp(path), strict=True):
         rows.append(judge(model, prompt, other))

@@ -110,7 +110,7 @@ def ids() -> torch.Tensor:
 
 def test_the_export_in_float32_is_the_same_model(trained: Path, tmp_path: Path, ids: torch.Tensor) -> None:
     export(trained, trained / "tokenizer.json", tmp_path / "m.gguf", lambda name: Kind.F32)
-    model = load_model(tmp_path / "m.gguf", EngineSettings(ctx_size=TINY.context))
+    model = load_model(tmp_path / "m.gguf", EngineSettings(ctx_size=TINY.context, dtype="float32"))
     wanted = theirs(trained)(input_ids=ids).logits
     assert relative(run(model, ids), wanted) < 1e-5
     assert model.tokenizer is not None
@@ -120,7 +120,7 @@ def test_the_export_in_float32_is_the_same_model(trained: Path, tmp_path: Path, 
 
 
 def test_the_folder_itself_is_readable(trained: Path, ids: torch.Tensor) -> None:
-    model = load_model(trained, EngineSettings(ctx_size=TINY.context))
+    model = load_model(trained, EngineSettings(ctx_size=TINY.context, dtype="float32"))
     assert relative(run(model, ids), theirs(trained)(input_ids=ids).logits) < 1e-5
 
 
@@ -131,7 +131,7 @@ def test_the_packed_export_holds_what_training_rounded_to(trained: Path, tmp_pat
     exact = model.logits(ids)
     model.narrow = True
     rounded = model.logits(ids)
-    assert relative(run(load_model(path, EngineSettings(ctx_size=TINY.context)), ids), rounded) < 1e-4
+    assert relative(run(load_model(path, EngineSettings(ctx_size=TINY.context, dtype="float32")), ids), rounded) < 1e-4
     assert relative(exact, rounded) > 0.1
 
 
