@@ -1,5 +1,6 @@
 # make demo            a chat answer, the KV cache in codes, the expert cache: on this machine, with a small real model
 # make test            the tests (ruff and mypy: make lint; the slow ones: make test-slow)
+# make test-native     the C core: 10,000 random shapes and routings, sanitizers, planted bugs (10 minutes)
 # make test-upstream   the contracts with transformers, on the oldest and on the newest supported release
 # make sizes           file and function sizes, a mirror and not a gate
 # make docs            rewrites the list of modules in docs/architecture.md
@@ -18,7 +19,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := -m pytest -q -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-upstream lint format docs sizes clean
+.PHONY: help demo test test-slow test-native test-upstream lint format docs sizes clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -50,6 +51,10 @@ test-upstream: $(VENV)/.dev $(OLDEST)/.test
 		echo "== Contracts on $$($$venv/bin/python -c 'import transformers; print("transformers", transformers.__version__)')"; \
 		$(TEST_ENV) $$venv/bin/python $(PYTEST) tests/upstream || exit 1; \
 	done
+
+test-native: $(VENV)/.dev
+	@PYTHON=$(VENV)/bin/python tests/native/run_sanitizers.sh
+	@$(TEST_ENV) $(VENV)/bin/python $(PYTEST) -m slow tests/native/test_planted_bugs.py
 
 lint: $(VENV)/.dev
 	@$(VENV)/bin/ruff check .

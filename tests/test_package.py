@@ -1,19 +1,98 @@
-"""What is installed is what is needed: files that are no Python code are packaged too."""
+"""What is installed is what is needed: wheels with the core, without a compiler, and the one set of compiler flags."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
+import pytest
+
+from turbomoe.native.build import FLAGS, LEVEL_FLAGS, SOURCE_DIR
+
 ROOT = Path(__file__).parents[1]
-NOT_DATA = (".py", ".pyc", ".so", ".md")  # code, what is built from it, and notes for who changes it
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def test_every_file_beside_the_code_is_package_data() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    patterns = project["tool"]["setuptools"]["package-data"]["turbomoe"]
-    package = ROOT / "turbomoe"
-    packaged = {path for pattern in patterns for path in package.glob(pattern)}
-    beside = {path for path in package.rglob("*") if path.is_file() and path.suffix not in NOT_DATA}
-    assert beside - packaged == set()
-    assert {"pool.c", "kernels.h"} <= {path.name for path in packaged}
+def test_both_builds_have_the_same_flags() -> None:
+    """CMake says C11 and position-independent code in its own words."""
+    lines = (ROOT / "CMakeLists.txt").read_text().split("target_compile_options(turbomoe_core PRIVATE ")[1]
+    assert lines.split(")")[0].split() == [f for f in FLAGS if f not in ("-std=gnu11", "-fPIC", "-pthread")]
+    for name, flags in LEVEL_FLAGS.items():
+        assert f'"{";".join(flags)}"' in (ROOT / "CMakeLists.txt").read_text(), name
+
+
+def test_the_core_is_optional_and_editable_installs_leave_it_out() -> None:
+    editable, failed = PROJECT["tool"]["scikit-build"]["overrides"]
+    assert editable["if"] == {"state": "editable"} and failed["if"] == {"failed": True}
+    assert editable["wheel"]["cmake"] is failed["wheel"]["cmake"] is False
+    assert "python -m turbomoe.native.build" in failed["messages"]["after-success"]
+
+
+def copy_of_the_project(folder: Path) -> Path:
+    """What a wheel is made of, without what was built beside it."""
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", ".build-*")
+    shutil.copytree(ROOT / "turbomoe", folder / "turbomoe", ignore=ignore)
+    for name in ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def build_wheel(project: Path, to: Path, **environment: str) -> Path:
+    pytest.importorskip("scikit_build_core", reason="the build backend is not installed (make_venv.sh does)")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(to), str(project)]
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = to.glob("*.whl")
+    return wheel
+
+
+def contents(wheel: Path) -> set[str]:
+    return {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("turbomoe/")}
+
+
+def everything(project: Path) -> set[str]:
+    return {str(p.relative_to(project)) for p in (project / "turbomoe").rglob("*") if p.is_file()}
+
+
+@pytest.mark.slow
+def test_a_wheel_without_a_compiler_is_pure_and_whole(tmp_path: Path) -> None:
+    """Every file comes along, the C sources too; where it is unpacked it computes, and says what it lacks."""
+    project = copy_of_the_project(tmp_path / "project")
+    wheel = build_wheel(project, tmp_path / "wheels", CC="/nonexistent/cc")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert contents(wheel) == everything(project)
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = "from turbomoe.native import library; print(library.load_core(), library.__file__)"
+    environment = os.environ | {"PYTHONPATH": str(site), "TURBOMOE_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith(f"None {site}")
+    assert done.stderr.count("\n") == 1 and "python -m turbomoe.native.build" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")
+def test_a_wheel_with_a_compiler_has_the_core(tmp_path: Path) -> None:
+    """One wheel for every Python on this platform, with the library in place of its sources."""
+    project = copy_of_the_project(tmp_path / "project")
+    wheel = build_wheel(project, tmp_path / "wheels")
+    assert "-py3-none-linux_" in wheel.name
+    sources = {str(Path("turbomoe/native/src") / p.name) for p in SOURCE_DIR.iterdir()}
+    assert contents(wheel) == everything(project) - sources | {"turbomoe/native/libturbomoe_core.so"}
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = "from turbomoe.native import library; print(library.describe_core())"
+    environment = os.environ | {"PYTHONPATH": str(site), "TURBOMOE_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("compiled core, ")

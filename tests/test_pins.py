@@ -59,7 +59,7 @@ def test_the_oldest_set_is_the_oldest_that_is_declared() -> None:
     )
 
 
-@pytest.mark.parametrize("package", ["torch", "triton", "setuptools"])
+@pytest.mark.parametrize("package", ["torch", "triton", "setuptools", "scikit-build-core"])
 def test_both_sets_share_what_does_not_follow_transformers(package: str) -> None:
     assert pinned(FILES[0], package) == pinned(FILES[1], package)
 

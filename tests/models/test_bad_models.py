@@ -27,7 +27,7 @@ from turbomoe.models.plan import make_plan
 from turbomoe.models.shapes import expert_shape, layer_shapes
 from turbomoe.upstream.shell import build_shell, swap_experts
 
-SETTINGS = EngineSettings()
+SETTINGS = EngineSettings(dtype="float32")
 Edit = Callable[[dict[str, Any]], None]
 
 

@@ -17,7 +17,7 @@ from turbomoe.errors import ModelError
 from turbomoe.models import Forecast, LoadedModel, load_model
 from turbomoe.notices import board
 
-SETTINGS = EngineSettings()
+SETTINGS = EngineSettings(dtype="float32")
 Write = Callable[[PreTrainedModel, Path], Path]
 FILES: dict[str, Write] = {
     "gguf": lambda model, at: tiny.write_gguf(model, at / "model.gguf"),

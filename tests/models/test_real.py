@@ -27,7 +27,7 @@ TEXT = (
 
 
 def load(path: Path, attention: str = "eager") -> LoadedModel:
-    return load_model(path, EngineSettings(), attention=attention)
+    return load_model(path, EngineSettings(dtype="float32"), attention=attention)
 
 
 def ids_of(model: LoadedModel) -> torch.Tensor:

@@ -18,7 +18,7 @@ def core() -> Core:
     if special := os.environ.get("TURBOMOE_TEST_CORE"):  # a sanitized or emulated build
         return Core(Path(special))
     try:
-        return Core(ensure_built())
+        return Core(ensure_built(extra=["-Werror"]))
     except BuildError as error:
         if "No C compiler" in str(error):
             pytest.skip(str(error))

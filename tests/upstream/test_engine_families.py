@@ -22,7 +22,7 @@ def models(tmp_path_factory):
     def pair(family):
         original = tiny_model(family)
         path = write_gguf(original, tmp_path_factory.mktemp(family) / "model.gguf")
-        return original, load_model(path, EngineSettings())
+        return original, load_model(path, EngineSettings(dtype="float32"))
 
     return pair
 

@@ -53,7 +53,7 @@ class ModelRunner:
         self.memory.begin(slots, ids.shape[1])
         if self._experts is not None:
             self._experts.begin_step(phase)
-        logits = forward(self.model.shell, ids.to(self.memory.device), self.memory, keep)
+        logits = forward(self.model.shell, ids.to(self.memory.device), self.memory, keep, self.model.body)
         self.memory.commit()
         if self._experts is not None:
             self._experts.end_step()

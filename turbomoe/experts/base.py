@@ -24,7 +24,10 @@ class Phase(Enum):
 
 @dataclass(frozen=True)
 class ExpertPart:
-    """One tensor inside an expert's blob. ``format`` names a block format of ``files.blocks``; bytes are packed."""
+    """One tensor inside an expert's blob. ``format`` names a block format of ``files.blocks``.
+
+    The bytes are those blocks as they lie in the file, or, in a planar layout, packed from them.
+    """
 
     name: str  # "gate", "up", "down", and biases "gate_bias"...
     shape: tuple[int, ...]  # torch order: gate/up (width, hidden), down (hidden, width)
@@ -35,7 +38,10 @@ class ExpertPart:
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """Layout of every expert of one layer. ``blob_bytes`` is padded to 64; layers with equal size share an arena."""
+    """Layout of every expert of one layer. ``blob_bytes`` is padded to 64; layers with equal size share an arena.
+
+    ``planar`` says that parts are packed as planes (``native.layout``), which is what the C core computes with.
+    """
 
     layer: int
     num_experts: int
@@ -44,6 +50,7 @@ class ExpertLayout:
     activation: str  # "silu", "gelu_tanh"
     parts: tuple[ExpertPart, ...]
     blob_bytes: int
+    planar: bool = False
 
 
 @dataclass

@@ -71,7 +71,7 @@ class ReferenceExecutor(ExpertExecutor):
         if self._busy:
             raise IntegrityError("Expert work was submitted before the previous work was waited for")
         layout = self._store.layout(work.layer)
-        _check(work, layout)
+        check_work(work, layout)
         groups = list(group_by_expert(work.ids))
         self._busy = True
         self._pin(work.layer, [expert for expert, _ in groups])
@@ -130,7 +130,8 @@ def _sum_in_order(terms: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(total)
 
 
-def _check(work: ExpertWork, layout: ExpertLayout) -> None:
+def check_work(work: ExpertWork, layout: ExpertLayout) -> None:
+    """Raise ``IntegrityError`` for work whose shapes do not fit the layer, or whose ids are no experts of it."""
     rows = work.hidden.shape[0]
     sound = (
         work.hidden.shape == work.out.shape == (rows, layout.hidden)

@@ -23,15 +23,17 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from turbomoe.experts.cache import ExpertCache
+    from turbomoe.experts.native import NativeExecutor
     from turbomoe.experts.promotion import CopyEngine
+    from turbomoe.native.pool import WorkerPool
 
 
 class ExpertRuntime:
     """Computes the routed experts of one model, through a cache of device copies if the settings ask for one.
 
     ``device`` is where slots would lie, ``top_k`` the experts of one row. ``cache`` is None when it is off.
-    ``engine`` carries copies to the device; the default copies at once, in the caller's order.
-    Who sets ``observer`` hears of the routing of every pass.
+    ``engine`` carries copies to the device; the default copies at once, in the caller's order. ``pool`` computes
+    experts that are packed as planes. Who sets ``observer`` hears of the routing of every pass.
     """
 
     def __init__(
@@ -41,10 +43,11 @@ class ExpertRuntime:
         device: torch.device | str = "cpu",
         top_k: int = 1,
         engine: CopyEngine | None = None,
+        pool: WorkerPool | None = None,
     ) -> None:
         self.store, self.settings, self.device, self.top_k = store, settings, torch.device(device), top_k
         self.cache = None if settings.cache == "off" else self._build_cache(engine)
-        self._executor = ReferenceExecutor(store, self.cache.slots if self.cache else None)
+        self._executor = self._build_executor(pool)
         self._outputs = Outputs()
         self._phase = Phase.PREFILL
         self.observer: RoutingObserver | None = None
@@ -58,6 +61,14 @@ class ExpertRuntime:
         if quotas is None:
             return None
         return ExpertCache(self.store, self.settings, quotas, self.device, self.top_k, engine or ImmediateCopies())
+
+    def _build_executor(self, pool: WorkerPool | None) -> ReferenceExecutor | NativeExecutor:
+        slots = self.cache.slots if self.cache else None
+        if not self.store.planar:
+            return ReferenceExecutor(self.store, slots)
+        from turbomoe.experts.native import NativeExecutor
+
+        return NativeExecutor(self.store, pool, slots)
 
     def begin_step(self, phase: Phase) -> None:
         """Open a forward pass: the only moment at which the placement that ``run`` sees changes."""
@@ -74,7 +85,11 @@ class ExpertRuntime:
         has it until the same layer runs again. Any other pass gets fresh memory: its T is large and seldom the same.
         """
         decode = self._phase is Phase.DECODE
-        out = self._outputs.like(layer, hidden) if decode else torch.empty_like(hidden)
+        out = (
+            self._outputs.like(layer, hidden)
+            if decode
+            else torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        )
         try:
             self._executor.submit(ExpertWork(layer, self._phase, hidden, ids, weights, out))
             self._executor.wait()

@@ -7,6 +7,7 @@ Layers whose blobs are equally large share an arena; its rows are anonymous.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +16,11 @@ from turbomoe.errors import IntegrityError, ModelError
 from turbomoe.experts.arena import allocate, pad
 from turbomoe.experts.base import ExpertLayout, ExpertPart
 from turbomoe.files.blocks import packed_bytes
+from turbomoe.native.layout import packed_layout
+from turbomoe.native.packed import pack_into
+
+if TYPE_CHECKING:
+    from turbomoe.native.pool import WorkerPool
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -26,11 +32,14 @@ def make_layout(
     width: int,
     activation: str,
     parts: Sequence[tuple[str, tuple[int, ...], str]],
+    *,
+    planar: bool = False,
 ) -> ExpertLayout:
     """Lay out one expert of ``layer``: each part (name, torch shape, block format) at its own aligned offset.
 
     ``gate``, ``up`` [width, hidden] and ``down`` [hidden, width] are required; ``gate_bias``, ``up_bias`` [width]
-    and ``down_bias`` [hidden] may follow. Raises ``ModelError`` naming the layer and the part.
+    and ``down_bias`` [hidden] may follow. ``planar`` packs the matrices as planes; biases must then be F32. Raises
+    ``ModelError`` naming the layer and the part.
     """
     if activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
@@ -40,10 +49,19 @@ def make_layout(
     _check_parts(layer, hidden, width, parts)
     placed, offset = [], 0
     for name, shape, fmt in parts:
-        nbytes = packed_bytes(fmt, shape)
+        nbytes = _planar_bytes(fmt, shape) if planar else packed_bytes(fmt, shape)
         placed.append(ExpertPart(name, tuple(shape), fmt, offset, nbytes))
         offset += pad(nbytes)
-    return ExpertLayout(layer, num_experts, hidden, width, activation, tuple(placed), offset)
+    return ExpertLayout(layer, num_experts, hidden, width, activation, tuple(placed), offset, planar)
+
+
+def _planar_bytes(fmt: str, shape: tuple[int, ...]) -> int:
+    """Bytes of one part among planes; its offsets are then those that the C core computes for itself."""
+    if len(shape) == 2:
+        return packed_layout(fmt, *shape).nbytes
+    if fmt != "F32":
+        raise ModelError(f"Expert biases in {fmt} cannot be packed", why="the C core adds them in F32")
+    return packed_bytes(fmt, shape)
 
 
 def _check_parts(layer: int, hidden: int, width: int, parts: Sequence[tuple[str, tuple[int, ...], str]]) -> None:
@@ -102,35 +120,51 @@ class ExpertStore:
         return part_views(self.layout(layer), self.blob(layer, expert))
 
     @property
+    def planar(self) -> bool:
+        """Whether every layer's blobs are packed as planes."""
+        return all(layout.planar for layout in self.layouts)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all blobs, padding included."""
         return sum(arena.numel() for arena in self._arenas.values())
 
 
 class StoreBuilder:
-    """Fills a store part by part, in any order, each part once. Parts may be filled from several threads."""
+    """Fills a store part by part, in any order, each part once. Parts may be filled from several threads.
 
-    def __init__(self, layouts: Sequence[ExpertLayout]) -> None:
-        self._store = ExpertStore(layouts)
+    ``pool`` packs planar parts (None: PyTorch does).
+    """
+
+    def __init__(self, layouts: Sequence[ExpertLayout], pool: WorkerPool | None = None) -> None:
+        self._store, self._pool = ExpertStore(layouts), pool
         self._filled = [np.zeros((layout.num_experts, len(layout.parts)), dtype=bool) for layout in layouts]
         self._finished = False
 
     def fill(self, layer: int, expert: int, part: str, raw: torch.Tensor) -> None:
-        """Copy the packed bytes ``raw`` (uint8, exactly the part's size) into the store. Raises ``ModelError``."""
+        """Put a part's blocks ``raw`` (uint8, exactly their size) into the store. Raises ``ModelError``."""
         if self._finished:
             raise IntegrityError("An expert store was written to after it was finished")
         where = f"Layer {layer}, expert {expert}, part {part!r}"
         views = self._store.parts(layer, expert)
         if part not in views:
             raise ModelError(f"{where} is not in the layout")
-        if raw.dtype != torch.uint8 or raw.numel() != views[part].numel():
-            raise ModelError(f"{where} has {raw.numel()} x {raw.dtype}, not {views[part].numel()} bytes")
+        layout, column = self._store.layout(layer), list(views).index(part)
+        place = layout.parts[column]
+        expected = packed_bytes(place.format, place.shape)
+        if raw.dtype != torch.uint8 or raw.numel() != expected:
+            raise ModelError(f"{where} has {raw.numel()} x {raw.dtype}, not {expected} bytes")
         done = self._filled[self._store.positions[layer]]
-        column = list(views).index(part)
         if done[expert, column]:
             raise ModelError(f"{where} was given twice")
-        views[part].copy_(raw.reshape(-1))
+        self._write(views[part], raw.reshape(-1), place, layout.planar)
         done[expert, column] = True
+
+    def _write(self, view: torch.Tensor, raw: torch.Tensor, part: ExpertPart, planar: bool) -> None:
+        if planar and len(part.shape) == 2:
+            pack_into(view, raw, part.format, *part.shape, self._pool)
+        else:
+            view.copy_(raw)
 
     def finish(self) -> ExpertStore:
         """Hand over the store; ``ModelError`` naming the first missing part if it is not complete."""

@@ -45,6 +45,12 @@ class ModelSource(ABC):
     def load(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The tensor dequantised to ``dtype`` in its torch shape: a fresh tensor that the caller owns."""
 
+    def release(self, name: str) -> None:  # noqa: B027  (a source without a mapping has nothing to do)
+        """Say that a tensor's bytes are not needed any more: what its mapping takes of memory may go.
+
+        Reading it again stays possible and gives the same bytes.
+        """
+
     @abstractmethod
     def identity(self) -> str:
         """Hex SHA-256 over the header(s) and sizes: names this model in caches, profiles and sessions."""

@@ -30,6 +30,7 @@ class _Place:
     bytes: torch.Tensor
     start: int
     stop: int
+    mapping: mmap.mmap
 
 
 class GgufFile(ModelSource):
@@ -70,6 +71,14 @@ class GgufFile(ModelSource):
         info = self.tensors[name]
         return dequantise(packed, info.format, info.shape, dtype)
 
+    def release(self, name: str) -> None:
+        """Let the system take back the pages of a tensor, which count as this process's memory once they were read."""
+        if self._places is None or not (place := self._places.get(name)):
+            return
+        start = place.start // mmap.PAGESIZE * mmap.PAGESIZE
+        if place.stop > start and isinstance(place.mapping, mmap.mmap):
+            place.mapping.madvise(mmap.MADV_DONTNEED, start, place.stop - start)
+
     def identity(self) -> str:
         """Hex SHA-256 over headers, sizes and 32 pages of weights a file: it names a model, it does not vouch for it.
 
@@ -87,7 +96,7 @@ def _places(shards: list[Shard]) -> dict[str, _Place]:
     for shard in shards:
         mapped = _as_tensor(shard.data)
         for entry in shard.header.tensors:
-            places[entry.info.name] = _Place(mapped, entry.start, entry.stop)
+            places[entry.info.name] = _Place(mapped, entry.start, entry.stop, shard.data)
     return places
 
 

@@ -31,6 +31,7 @@ class Codec(ABC):
 
     name: str
     rotated: bool  # wants centred vectors in the rotated domain, and decodes into it
+    stride: int = 1  # values of one coordinate group in ``read``: see there
 
     def __init__(self, head_dim: int) -> None:
         self.head_dim = head_dim
@@ -47,6 +48,14 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, planes: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Decode planes into float32 [..., head_dim], in the domain ``encode`` was given."""
+
+    def read(self, planes: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Decode for use in products, where order and scale can be undone on the small side.
+
+        Float32 [..., head_dim] and a factor [..., 1] that ``decode`` would have applied (None: 1). Coordinate
+        i + m * (head_dim / stride) stands at place i * stride + m.
+        """
+        return self.decode(planes), None
 
     @property
     def bytes_per_vector(self) -> int:

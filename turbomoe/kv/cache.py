@@ -15,7 +15,7 @@ from turbomoe.config import KVSettings
 from turbomoe.errors import ContextFullError, IntegrityError
 from turbomoe.kv.attention import attend
 from turbomoe.kv.codecs import make_codec
-from turbomoe.kv.layer import Side, Step
+from turbomoe.kv.layer import Side, SideGroup, Step
 from turbomoe.kv.pages import PageAllocator, pages_for
 from turbomoe.kv.recurrent import RecurrentState
 from turbomoe.kv.shape import AttentionShape, LayerShape
@@ -52,33 +52,38 @@ class KVCache:
         self.observer: Observer | None = None
         self.step: Step | None = None
         self._active: list[int] = []
+        self._groups: list[tuple[list[int], SideGroup, SideGroup]] = []
         for shape in self.shapes:
-            if isinstance(shape, AttentionShape):
-                self.attention[shape.layer] = self._sides(shape, slots)
-            else:
+            if not isinstance(shape, AttentionShape):
                 self.recurrent[shape.layer] = RecurrentState(shape, slots, dtype, self.device)
+        for alike in _alike(self.shapes):
+            self._add_group(alike, slots)
         if means is not None:
             self._use_means(means)
 
-    def _sides(self, shape: AttentionShape, slots: int) -> tuple[Side, Side]:
-        def side(type_name: str) -> Side:
+    def _add_group(self, shapes: list[AttentionShape], slots: int) -> None:
+        """Allocate the layers ``shapes``, which differ in their number only."""
+        shape, layers = shapes[0], [shape.layer for shape in shapes]
+
+        def group(type_name: str) -> SideGroup:
             dtype = EXACT_TYPES.get(type_name, torch.bfloat16)
             if shape.window:
                 ring = min(shape.window - 1, self.ctx_size)
-                return Side(shape, None, (0, ring), slots, 0, dtype, self.device)
-            codec = make_codec(type_name, shape.head_dim)
-            span = (self.sink, self.recent)
-            return Side(shape, codec, span, slots, self.pages.num_pages, dtype, self.device)
+                return SideGroup(shape, len(layers), None, (0, ring), slots, 0, dtype, self.device)
+            codec, span = make_codec(type_name, shape.head_dim), (self.sink, self.recent)
+            return SideGroup(shape, len(layers), codec, span, slots, self.pages.num_pages, dtype, self.device)
 
-        return side(self.settings.type_k), side(self.settings.type_v)
+        keys, values = group(self.settings.type_k), group(self.settings.type_v)
+        self._groups.append((layers, keys, values))
+        self.attention.update(zip(layers, zip(keys.sides, values.sides, strict=True), strict=True))
 
     def _use_means(self, means: KVMeans) -> None:
-        for layer, (keys, values) in self.attention.items():
-            for side, table in ((keys, means.keys), (values, means.values)):
-                if side.rotated:
-                    if layer not in table:
-                        raise IntegrityError(f"The means lack layer {layer}")
-                    side.mean = table[layer].to(self.device, torch.float32)
+        for layers, keys, values in self._groups:
+            for group, table in ((keys, means.keys), (values, means.values)):
+                if group.sides[0].rotated:
+                    if missing := [layer for layer in layers if layer not in table]:
+                        raise IntegrityError(f"The means lack layer {missing[0]}")
+                    group.set_means([table[layer].to(self.device, torch.float32) for layer in layers])
 
     def reserve(self, slot: int, length: int) -> None:
         """Make room for ``length`` tokens in ``slot``. Raises ``ContextFullError``; then nothing has changed."""
@@ -116,13 +121,19 @@ class KVCache:
         """Open a step of ``count`` new tokens for each of ``slots`` and reserve their room."""
         for slot in slots:
             self.reserve(slot, self.host_lengths[slot] + count)
-        index = torch.tensor(list(slots), dtype=torch.int64, device=self.device)
         before = [self.host_lengths[slot] for slot in slots]
         self._active = list(slots)
-        self.step = Step(
-            index, self.lengths[index], self.pages.table[index], count, floor=min(before), reach=max(before) + count
-        )
+        index = torch.tensor(self._active, dtype=torch.int64, device=self.device)
+        rows = (self.lengths[index], self.pages.table[index])
+        self.step = Step(index, *rows, count, floor=min(before), reach=max(before) + count, lone=self._lone(slots))
+        if count == 1:
+            for _, keys, values in self._groups:
+                keys.encode_leaving(self.step)
+                values.encode_leaving(self.step)
         return self.step
+
+    def _lone(self, slots: Sequence[int]) -> int | None:
+        return slots[0] if len(slots) == 1 and self.device.type == "cpu" else None
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """Store and attend in one layer; see ``attention.attend`` for shapes. Returns q's dtype."""
@@ -162,3 +173,12 @@ class KVCache:
         self.pages.check_integrity()
         if self.lengths.tolist() != self.host_lengths:
             raise IntegrityError("Lengths on the device and on the host differ")
+
+
+def _alike(shapes: Sequence[LayerShape]) -> list[list[AttentionShape]]:
+    """Attention layers grouped by shape, each group in order of layers."""
+    groups: dict[tuple[int, ...], list[AttentionShape]] = {}
+    for shape in shapes:
+        if isinstance(shape, AttentionShape):
+            groups.setdefault((shape.query_heads, shape.kv_heads, shape.head_dim, shape.window), []).append(shape)
+    return list(groups.values())

@@ -85,6 +85,15 @@ def unrotate(y: torch.Tensor) -> torch.Tensor:
     return hadamard(y) * random_signs(y.shape[-1], str(y.device))
 
 
+@lru_cache(maxsize=16)
+def rotation(n: int, device: str = "cpu", stride: int = 1) -> torch.Tensor:
+    """``rotate`` as a matrix R, float32 [n, n]: for what is not stored, as a product's bits depend on its batch.
+
+    ``x @ R`` rotates and ``y @ R.t()`` turns back. Columns stand in the order of ``Codec.read``.
+    """
+    return rotate(torch.eye(n, device=device)).view(n, stride, -1).transpose(1, 2).reshape(n, n)
+
+
 @lru_cache(maxsize=64)
 def random_signs(n: int, device: str = "cpu") -> torch.Tensor:
     """The fixed signs for vectors of ``n`` values: float32 [n] of +-1, the same on every machine. Do not write to it.

@@ -8,13 +8,18 @@ A sliding-window layer is the same thing without sinks and codes, its ring as lo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
 
 import torch
 
 from turbomoe.kv.base import Codec
+from turbomoe.kv.codecs.plain import PlainCodec
 from turbomoe.kv.pages import PAGE_TOKENS, SCRATCH_PAGE
 from turbomoe.kv.shape import AttentionShape
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class Step:
     pages           int64 [B, pages_per_slot]: the page table's rows of these slots
     count           tokens a sequence
     floor, reach    the smallest length before and the largest after: known to the host, so loops are static
+    lone            the slot, where one sequence runs alone on the CPU: its rows are reached as views, without an index
     """
 
     slots: torch.Tensor
@@ -33,6 +39,20 @@ class Step:
     count: int
     floor: int
     reach: int
+    lone: int | None = None
+    _made: dict[Hashable, object] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What ``make`` returns, made at the first call with ``key``: layers alike share index tensors and masks."""
+        if key not in self._made:
+            self._made[key] = make()
+        return cast(Made, self._made[key])
+
+    def rows(self, stored: torch.Tensor) -> torch.Tensor:
+        """The rows of these slots, [B, ...] of [slots, ...]; do not write to them."""
+        if self.lone is not None:
+            return stored[self.lone : self.lone + 1]
+        return stored.index_select(0, self.slots)
 
     def positions(self, first: int, count: int) -> torch.Tensor:
         """int64 [B, count]: positions from ``first`` (relative to the start, may be negative) on."""
@@ -45,23 +65,17 @@ class Side:
     sinks, ring   [slots, kv_heads, sink or recent, head_dim] in ``exact_dtype``; position p sits at p % recent
     planes        [pages, kv_heads, PAGE_TOKENS, width], one tensor for each plane of the codec
     mean          float32 [kv_heads, head_dim], what the codes lack; None when nothing is subtracted
+    is_exact      there are no windows and pages keep every bit: the past needs nothing but pages
     """
 
     def __init__(
-        self, shape: AttentionShape, codec: Codec | None, windows: tuple[int, int], slots: int, pages: int,
-        exact_dtype: torch.dtype, device: torch.device,
-    ) -> None:  # fmt: skip
-        self.codec, (self.sink, self.recent) = codec, windows
-        self.exact_dtype = exact_dtype
+        self, codec: Codec | None, sinks: torch.Tensor, ring: torch.Tensor, planes: tuple[torch.Tensor, ...]
+    ) -> None:
+        self.codec, self.sinks, self.ring, self.planes = codec, sinks, ring, planes
+        self.sink, self.recent, self.exact_dtype = sinks.shape[2], ring.shape[2], ring.dtype
         self.rotated = codec is not None and codec.rotated
         self.mean: torch.Tensor | None = None
-        heads, dim = shape.kv_heads, shape.head_dim
-        self.sinks = torch.zeros(slots, heads, self.sink, dim, dtype=exact_dtype, device=device)
-        self.ring = torch.zeros(slots, heads, self.recent, dim, dtype=exact_dtype, device=device)
-        self.planes = tuple(
-            torch.zeros(pages, heads, PAGE_TOKENS, plane.width, dtype=plane.dtype, device=device)
-            for plane in (codec.planes if codec else ())
-        )
+        self.is_exact = self.sink == self.recent == 0 and isinstance(codec, PlainCodec)
 
     def nbytes(self) -> int:
         """Bytes allocated: sinks, ring and pages."""
@@ -79,6 +93,20 @@ class Side:
         index = step.positions(-self.recent, self.recent).remainder(max(1, self.recent))
         ring = self.ring[step.slots]
         return ring.gather(2, index[:, None, :, None].expand(-1, ring.shape[1], -1, ring.shape[3]))
+
+    def windows(self, fresh: torch.Tensor, step: Step) -> torch.Tensor:
+        """Sinks, ring (in storage order) and the new tokens [B, kv_heads, n, head_dim], side by side on axis 2."""
+        return torch.cat((step.rows(self.sinks), step.rows(self.ring), fresh), 2)
+
+    def keep(self, fresh: torch.Tensor, step: Step) -> None:
+        """Store one new token a sequence, [B, kv_heads, 1, head_dim], in sinks and ring, or encode it at once."""
+        self.keep_sinks(fresh, step)
+        if self.recent == 0:
+            self.store(fresh, step)
+        elif step.lone is None:
+            self.keep_recent(fresh, step)
+        else:
+            self.ring[step.lone, :, step.floor % self.recent] = fresh[0, :, 0]
 
     def keep_sinks(self, fresh: torch.Tensor, step: Step) -> None:
         """Store those new tokens [B, kv_heads, count, head_dim] whose positions are below ``sink``."""
@@ -102,12 +130,13 @@ class Side:
         """Encode the ``count`` tokens that leave the ring: [B, kv_heads, count, head_dim] from start-recent on."""
         if self.codec is None:
             return
-        coded = step.positions(-self.recent - self.sink, step.count)
-        page_index = (coded.clamp(min=0) // PAGE_TOKENS).clamp(max=step.pages.shape[1] - 1)
-        page = step.pages.gather(1, page_index).masked_fill(coded < 0, SCRATCH_PAGE)
-        row = coded.remainder(PAGE_TOKENS)
+        behind = self.recent + self.sink
+        page, row = step.once(("place", behind), lambda: place(step, behind))
         for plane, codes in zip(self.planes, self.codec.encode(self._prepared(leaving)), strict=True):
-            plane[page, :, row] = codes.transpose(1, 2)
+            if isinstance(page, int):
+                plane[page, :, row] = codes[0, :, 0]
+            else:
+                plane[page, :, row] = codes.transpose(1, 2)
 
     def _prepared(self, x: torch.Tensor) -> torch.Tensor:
         """What the codec wants: float32, centred and rotated where it asks for that."""
@@ -119,6 +148,30 @@ class Side:
         assert self.codec is not None
         pages = step.pages[:, first_page:last_page]
         return self.codec.decode(tuple(plane[pages].transpose(1, 2).flatten(2, 3) for plane in self.planes))
+
+    def tile(self, step: Step, first_page: int, last_page: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Read pages [first, last) as they lie, by ``Codec.read``.
+
+        Float32 [B, pages, kv_heads, PAGE_TOKENS, head_dim] and, if there is one, the factor of each key or value as a
+        row, [B, pages, kv_heads, 1, PAGE_TOKENS].
+        """
+        assert self.codec is not None
+        span = (first_page, last_page)
+        where = step.once(("pages", *span), lambda: _span(step.pages[:, first_page:last_page], step.lone is not None))
+        if isinstance(where, slice):
+            planes = tuple(plane[where] for plane in self.planes)
+        else:
+            planes = tuple(plane.index_select(0, where) for plane in self.planes)
+        values, scales = self.codec.read(planes)
+        shape = (len(step.slots), -1)
+        return values.unflatten(0, shape), None if scales is None else scales.unflatten(0, shape).mT
+
+    def rotation(self) -> torch.Tensor:
+        """The rotation as a matrix R, float32 [head_dim, head_dim], in the order of ``tile``: x R and y R'."""
+        from turbomoe.kv.hadamard import rotation
+
+        assert self.codec is not None
+        return rotation(self.ring.shape[-1], str(self.ring.device), self.codec.stride)
 
     @staticmethod
     def rotate(x: torch.Tensor) -> torch.Tensor:
@@ -133,3 +186,81 @@ class Side:
         from turbomoe.kv.hadamard import unrotate
 
         return unrotate(x)
+
+
+def place(step: Step, behind: int) -> tuple[int | torch.Tensor, int | torch.Tensor]:
+    """(page, row) of the codes of the tokens ``behind`` the new ones: ints for one token alone, else int64 [B, count].
+
+    Tokens before the start of the sequence go to the scratch page.
+    """
+    if step.lone is not None and step.count == 1:
+        at = step.floor - behind
+        return (int(step.pages[0, at // PAGE_TOKENS]), at % PAGE_TOKENS) if at >= 0 else (SCRATCH_PAGE, 0)
+    coded = step.positions(-behind, step.count)
+    page_index = (coded.clamp(min=0) // PAGE_TOKENS).clamp(max=step.pages.shape[1] - 1)
+    return step.pages.gather(1, page_index).masked_fill(coded < 0, SCRATCH_PAGE), coded.remainder(PAGE_TOKENS)
+
+
+def _span(pages: torch.Tensor, on_host: bool) -> slice | torch.Tensor:
+    """Page ids [B, n] as a slice, where they are one run and may be looked at, else flat."""
+    if on_host:
+        ids = pages[0].tolist()
+        if ids == list(range(ids[0], ids[0] + len(ids))):
+            return slice(ids[0], ids[0] + len(ids))
+    return pages.flatten()
+
+
+class SideGroup:
+    """Keys or values of all layers of one shape: one allocation, and a ``Side`` for each layer.
+
+    A decode step takes one token out of every ring. Those of all layers are encoded in one call, when the step begins:
+    nobody looks at their codes before the next step, and in a small model 60 calls a token cost as much as the model.
+    """
+
+    def __init__(
+        self, shape: AttentionShape, layers: int, codec: Codec | None, windows: tuple[int, int], slots: int, pages: int,
+        exact_dtype: torch.dtype, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.codec = codec
+        heads, dim = shape.kv_heads, shape.head_dim
+        sinks, self.rings = (
+            torch.zeros(layers, slots, heads, size, dim, dtype=exact_dtype, device=device) for size in windows
+        )
+        self.planes = tuple(
+            torch.zeros(layers, pages, heads, PAGE_TOKENS, plane.width, dtype=plane.dtype, device=device)
+            for plane in (codec.planes if codec else ())
+        )
+        self.sides = [
+            Side(codec, sinks[i], self.rings[i], tuple(plane[i] for plane in self.planes)) for i in range(layers)
+        ]
+        self._means: torch.Tensor | None = None
+
+    def set_means(self, means: list[torch.Tensor | None]) -> None:
+        """What each layer's codes lack: float32 [kv_heads, head_dim], or None for nothing."""
+        for side, mean in zip(self.sides, means, strict=True):
+            side.mean = mean
+        known = [mean for mean in means if mean is not None]
+        if known:
+            stacked = [torch.zeros_like(known[0]) if mean is None else mean for mean in means]
+            self._means = torch.stack(stacked)[:, None]
+
+    def encode_leaving(self, step: Step) -> None:
+        """Encode the token that a step of one token a sequence pushes out of the rings, in all layers."""
+        side = self.sides[0]
+        behind = side.recent + side.sink
+        if self.codec is None or side.recent == 0 or step.reach - 1 < behind:
+            return
+        page, row = step.once(("place", behind), lambda: place(step, behind))
+        x = self._leaving(step, side.recent).float()
+        x = x if self._means is None else x - self._means
+        for plane, codes in zip(self.planes, self.codec.encode(side.rotate(x) if side.rotated else x), strict=True):
+            if isinstance(page, int):
+                plane[:, page, :, row] = codes[:, 0]
+            else:
+                plane[:, page[:, 0], :, row[:, 0]] = codes.transpose(0, 1)  # type: ignore[index]
+
+    def _leaving(self, step: Step, recent: int) -> torch.Tensor:
+        """[layers, B, kv_heads, head_dim]"""
+        if step.lone is not None:
+            return self.rings[:, step.lone, :, step.floor % recent].unsqueeze(1)
+        return self.rings[:, step.slots, :, step.starts.remainder(recent)].transpose(0, 1)

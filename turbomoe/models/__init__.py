@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -14,23 +14,26 @@ from turbomoe.config import EngineSettings
 from turbomoe.errors import IntegrityError
 from turbomoe.files import open_model
 from turbomoe.files.base import ModelSource
-from turbomoe.kv.shape import LayerShape
 from turbomoe.models.base import Forecast, LoadedModel
 from turbomoe.models.configure import read_config
 from turbomoe.models.families import find_family
+from turbomoe.models.fast import make_body
 from turbomoe.models.names import names_of
+from turbomoe.models.packing import packed_weight_bytes, plan_packing
 from turbomoe.models.plan import LoadPlan, make_plan
 from turbomoe.models.sampling import sampling_defaults
 from turbomoe.models.shapes import ExpertShape, expert_shape, layer_shapes
-from turbomoe.models.weights import Meter, Progress, expert_layouts, fill_experts, fill_shell
+from turbomoe.models.weights import Meter, Progress, expert_layouts, fill_experts, fill_packed, fill_shell
 from turbomoe.notices import Notice, board
 from turbomoe.upstream.shell import build_shell, on_meta, swap_experts, tie_embeddings
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
+    from turbomoe.experts.base import ExpertLayout
     from turbomoe.experts.module import StoreExperts
     from turbomoe.experts.runtime import ExpertRuntime
+    from turbomoe.native.pool import WorkerPool
 
 __all__ = ["Forecast", "LoadedModel", "load_model"]
 
@@ -71,13 +74,21 @@ def _load(
     experts = expert_shape(config) if routed else None
     plan = make_plan(source, names_of(source, family, config), shell, routed, experts)
     _tell_skipped(plan)
+    pool = packing_pool(settings)
+    packing = {} if pool is None else plan_packing(plan, shell)
+    weight_bytes = packed_weight_bytes(shell, packing)
+    layouts = expert_layouts(plan, experts, sorted(routed), planar=pool is not None) if experts else []
     if before is not None:
-        before(forecast(plan, shell, config, layers))
+        expert_bytes = sum(layout.num_experts * layout.blob_bytes for layout in layouts)
+        before(Forecast(weight_bytes, expert_bytes, layers, config.max_position_embeddings, config))
+    tokenizer = _tokenizer(source)  # before the weights: what it needs for a moment is not on top of them
     meter = Meter(plan.nbytes, progress)
-    fill_shell(plan, source, shell, dtype, device, meter)
+    if pool is None:
+        fill_shell(plan, source, shell, dtype, device, meter)
+    else:
+        fill_packed(plan, source, shell, packing, pool, meter)
     _finish(shell, device)
-    runtime = _fill_store(plan, source, experts, settings, routed, meter) if experts else None
-    tokenizer = _tokenizer(source)
+    runtime = _fill_store(plan, source, experts, layouts, settings, routed, pool, meter) if experts else None
     return LoadedModel(
         name=_name(source),
         family=family.name,
@@ -88,22 +99,29 @@ def _load(
         identity=source.identity(),
         context_length=config.max_position_embeddings,
         dtype=dtype,
-        weight_bytes=sum(parameter.nbytes for parameter in shell.parameters()),
+        weight_bytes=weight_bytes,
         stop_ids=_stop_ids(source, tokenizer),
         sampling=sampling_defaults(source),
         experts=runtime,
+        body=make_body(family.name, shell, layers) if settings.body == "auto" else None,
     )
 
 
-def forecast(plan: LoadPlan, shell: nn.Module, config: PretrainedConfig, layers: tuple[LayerShape, ...]) -> Forecast:
-    """What loading ``plan`` into ``shell`` will take."""
-    weights = sum(parameter.nbytes for parameter in shell.parameters())
-    experts = sum(info.nbytes for info, _ in plan.routed)
-    return Forecast(weights, experts, layers, config.max_position_embeddings, config)
+def packing_pool(settings: EngineSettings) -> WorkerPool | None:
+    """The threads that compute with packed weights, where the settings mean that: ``auto`` on the CPU.
+
+    None elsewhere, and where there is no compiled core: float32 takes more memory, but unpacking every weight for
+    every token takes far more time.
+    """
+    if settings.dtype != "auto" or torch.device(settings.device).type != "cpu":
+        return None
+    from turbomoe.native.shared import shared_pool
+
+    return shared_pool(settings.threads)
 
 
 def choose_dtype(settings: EngineSettings) -> torch.dtype:
-    """The dtype of dense weights and activations: ``auto`` is float32 on the CPU and bfloat16 elsewhere."""
+    """The dtype of activations and of dense weights: ``auto`` is float32 on the CPU and bfloat16 elsewhere."""
     if settings.dtype == "auto":
         return torch.float32 if torch.device(settings.device).type == "cpu" else torch.bfloat16
     return cast(torch.dtype, getattr(torch, settings.dtype))
@@ -127,7 +145,8 @@ def _swap(shell: nn.Module) -> dict[int, StoreExperts]:
 
 def _finish(shell: nn.Module, device: torch.device) -> None:
     """Tie what is tied, move the buffers, and make sure that nothing was left without storage."""
-    if shell.config.tie_word_embeddings:  # type: ignore[union-attr]
+    head = shell.get_output_embeddings()  # type: ignore[operator]
+    if shell.config.tie_word_embeddings and isinstance(head, nn.Linear):  # type: ignore[union-attr]
         tie_embeddings(shell)
     if left := on_meta(shell):
         raise IntegrityError(f"The weight {left[0]} was planned but never loaded")
@@ -138,16 +157,19 @@ def _fill_store(
     plan: LoadPlan,
     source: ModelSource,
     experts: ExpertShape,
+    layouts: Sequence[ExpertLayout],
     settings: EngineSettings,
     routed: dict[int, StoreExperts],
+    pool: WorkerPool | None,
     meter: Meter,
 ) -> ExpertRuntime:
     from turbomoe.experts.runtime import ExpertRuntime
     from turbomoe.experts.store import StoreBuilder
 
-    builder = StoreBuilder(expert_layouts(plan, experts, sorted(routed)))
+    builder = StoreBuilder(layouts, pool)
     fill_experts(plan, source, experts, builder.fill, meter)
-    runtime = ExpertRuntime(builder.finish(), settings.experts, torch.device(settings.device), experts.top_k)
+    device = torch.device(settings.device)
+    runtime = ExpertRuntime(builder.finish(), settings.experts, device, experts.top_k, pool=pool)
     bind(routed.values(), runtime)
     return runtime
 

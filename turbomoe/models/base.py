@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from turbomoe.experts.runtime import ExpertRuntime
+    from turbomoe.models.fast.base import Body
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class LoadedModel:
 
     ``shell`` is in evaluation mode and holds no routed experts (they are in ``experts``). ``layers`` tells what
     each decoder layer remembers. ``sampling`` holds the model's own defaults (temperature, top_k, top_p...).
-    ``tokenizer`` is None for a file that holds none. ``weight_bytes`` counts the shell; experts count themselves.
+    ``tokenizer`` is None for a file that holds none. ``body`` runs the decoder layers in place of the shell's own;
+    None leaves them to the shell. ``weight_bytes`` counts the shell; experts count themselves.
     """
 
     name: str
@@ -49,3 +51,4 @@ class LoadedModel:
     stop_ids: frozenset[int]
     sampling: dict[str, Any] = field(default_factory=dict)
     experts: ExpertRuntime | None = None
+    body: Body | None = None

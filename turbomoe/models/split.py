@@ -22,6 +22,7 @@ from turbomoe.experts.module import StoreExperts
 from turbomoe.experts.runtime import ExpertRuntime
 from turbomoe.experts.store import StoreBuilder, make_layout
 from turbomoe.models.base import LoadedModel
+from turbomoe.models.fast import make_body
 from turbomoe.models.shapes import expert_activation
 
 _FORMATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -105,6 +106,7 @@ def _slices(ffn: nn.Module, num_experts: int) -> Iterator[tuple[int, str, torch.
 
 
 def _renamed(model: LoadedModel, num_experts: int, runtime: ExpertRuntime) -> LoadedModel:
+    body, model.body = model.body, None  # it holds the dense weights that the shell has given up
     identity = hashlib.sha256(f"{model.identity} split into {num_experts} experts".encode()).hexdigest()
     return replace(
         model,
@@ -112,4 +114,5 @@ def _renamed(model: LoadedModel, num_experts: int, runtime: ExpertRuntime) -> Lo
         identity=identity,
         weight_bytes=sum(parameter.nbytes for parameter in model.shell.parameters()),
         experts=runtime,
+        body=None if body is None else make_body(model.family, model.shell, model.layers),
     )

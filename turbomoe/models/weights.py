@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from turbomoe.errors import ModelError
 from turbomoe.experts.base import ExpertLayout
 from turbomoe.files.base import ModelSource, TensorInfo
+from turbomoe.models.packing import Packing, swap_packed
 from turbomoe.models.placement import Dense, Routed, same
 from turbomoe.models.plan import ROUTED_PARTS, LoadPlan
 from turbomoe.models.shapes import ExpertShape
+from turbomoe.native.layout import FORMATS as PLANAR
+from turbomoe.native.packed import PackedMatrix
+from turbomoe.native.pool import WorkerPool
+from turbomoe.notices import Notice, board
 
 Progress = Callable[[int, int], None]
 FillExpert = Callable[[int, int, str, torch.Tensor], None]
@@ -38,7 +44,35 @@ def fill_shell(
     """Give every planned parameter of ``shell`` its values in ``dtype`` on ``device``; buffers keep their dtype."""
     for info, to in plan.dense:
         _assign(shell, to.name, _dense(source, info, to, dtype), device)
+        source.release(info.name)
         meter.add(info.nbytes)
+
+
+def fill_packed(
+    plan: LoadPlan,
+    source: ModelSource,
+    shell: nn.Module,
+    packing: Mapping[str, Packing],
+    pool: WorkerPool,
+    meter: Meter,
+) -> None:
+    """Fill a shell on the CPU, in float32 but for the weights of ``packing``, whose layers become packed ones."""
+    matrices = {}
+    for info, to in plan.dense:
+        if to.name in packing:
+            matrices[to.name] = _packed(source, info, packing[to.name], pool)
+        else:
+            _assign(shell, to.name, _dense(source, info, to, torch.float32), torch.device("cpu"))
+        source.release(info.name)
+        meter.add(info.nbytes)
+    swap_packed(shell, matrices, packing, pool)
+
+
+def _packed(source: ModelSource, info: TensorInfo, packing: Packing, pool: WorkerPool) -> PackedMatrix:
+    try:
+        return packing.pack(source.raw(info.name), pool)
+    except ModelError as error:  # the packer knows neither name nor file
+        raise ModelError(f"{info.name} of {source.path} cannot be packed", why=str(error)) from error
 
 
 def _dense(source: ModelSource, info: TensorInfo, to: Dense, dtype: torch.dtype) -> torch.Tensor:
@@ -61,6 +95,7 @@ def fill_experts(plan: LoadPlan, source: ModelSource, experts: ExpertShape, fill
     for info, to in plan.routed:
         members = range(experts.num_experts) if to.expert is None else range(to.expert, to.expert + 1)
         _fill_tensor(source.raw(info.name), to, members, fill)
+        source.release(info.name)
         meter.add(info.nbytes)
 
 
@@ -72,15 +107,29 @@ def _fill_tensor(raw: torch.Tensor, to: Routed, members: range, fill: FillExpert
             fill(to.layer, expert, part, shares[row, column])
 
 
-def expert_layouts(plan: LoadPlan, experts: ExpertShape, layers: list[int]) -> list[ExpertLayout]:
-    """The layout of each routed layer; block formats may differ from layer to layer and from part to part."""
+def expert_layouts(plan: LoadPlan, experts: ExpertShape, layers: list[int], *, planar: bool) -> list[ExpertLayout]:
+    """The layout of each routed layer; block formats may differ from layer to layer and from part to part.
+
+    ``planar`` asks for planes, which all layers get or none.
+    """
     from turbomoe.experts.store import make_layout
 
-    return [_layout(make_layout, plan.formats(layer), layer, experts) for layer in layers]
+    formats = {layer: plan.formats(layer) for layer in layers}
+    planar = planar and all(_fits_planes(layer, formats[layer]) for layer in layers)
+
+    def layout(layer: int) -> ExpertLayout:
+        parts = [(part, experts.of(part), formats[layer][part]) for part in ROUTED_PARTS]
+        sizes = experts.num_experts, experts.hidden, experts.width
+        return make_layout(layer, *sizes, experts.activation, parts, planar=planar)
+
+    return [layout(layer) for layer in layers]
 
 
-def _layout(
-    make: Callable[..., ExpertLayout], formats: dict[str, str], layer: int, experts: ExpertShape
-) -> ExpertLayout:
-    parts = [(part, experts.of(part), formats[part]) for part in ROUTED_PARTS]
-    return make(layer, experts.num_experts, experts.hidden, experts.width, experts.activation, parts)
+def _fits_planes(layer: int, formats: dict[str, str]) -> bool:
+    """Whether the C core computes experts of these formats: it wants gate and up both quantised or both floats."""
+    gate, up = PLANAR[formats["gate"]], PLANAR[formats["up"]]
+    if gate.is_float == up.is_float:
+        return True
+    why = f"in layer {layer} gates are {gate.name} and ups {up.name}, which the C core does not compute together"
+    board.post(Notice("experts on the CPU run in plain PyTorch", why, "tens of times slower than the compiled core"))
+    return False

@@ -6,7 +6,6 @@ Nothing here knows torch. Where no core is there, ``load_core`` returns None and
 from __future__ import annotations
 
 import ctypes as c
-from functools import cache
 from pathlib import Path
 
 from turbomoe.config import state_dir
@@ -14,11 +13,12 @@ from turbomoe.errors import TurbomoeError
 from turbomoe.native.build import LIBRARY_NAME, SOURCE_DIR, build_id, is_current
 from turbomoe.notices import Notice, board
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 LEVELS = ("avx512", "avx2", "portable")
 TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}  # of activations and results, by torch's names
 GATES = {"silu": 0, "gelu_tanh": 1, "swiglu_clipped": 2}
 LINEAR_MATRICES = 8
+PROJECTION_MATRICES = 3
 
 
 class NativeError(TurbomoeError):
@@ -97,7 +97,57 @@ class CErrand(c.Structure):
     _fields_ = [("run", c.c_void_p), ("call", c.c_void_p), ("status", c.c_void_p)]
 
 
-_STRUCTS = (CExperts, CExpertsRoom, CExpertsCall, CLinear, CLinearCall, CBell, CErrand)
+class CKVSide(c.Structure):
+    """``tm_kv_side`` of attend.h."""
+
+    _fields_ = [
+        *[(n, c.c_int) for n in ("kind", "exact_type")],
+        *[(n, c.c_void_p) for n in ("sinks", "ring", "codes", "scales", "mean")],
+        ("levels", c.c_float * 16),
+    ]
+
+
+class CKVLayer(c.Structure):
+    """``tm_kv_layer``."""
+
+    _fields_ = [
+        *[(n, c.c_int) for n in ("heads", "kv_heads", "dim", "sink", "recent")],
+        *[(n, CKVSide) for n in ("keys", "values")],
+        ("signs", c.c_void_p),
+    ]
+
+
+class CProjection(c.Structure):
+    """``tm_projection`` of decoder.h."""
+
+    _fields_ = [*[(n, c.c_int) for n in ("count", "rows")], ("matrices", CLinear * PROJECTION_MATRICES)]
+
+
+class CDecoderLayer(c.Structure):
+    """``tm_decoder_layer``."""
+
+    _fields_ = [
+        ("kv", CKVLayer),
+        *[(n, CProjection) for n in ("qkv", "out", "up", "down")],
+        *[(n, c.c_void_p) for n in ("mixer_norm", "ffn_norm", "head_norm")],
+        *[(n, c.c_float) for n in ("eps", "scale")],
+        ("rotary", c.c_int),
+    ]
+
+
+class CDecoderCall(c.Structure):
+    """``tm_decoder_call``."""
+
+    _fields_ = [
+        *[(n, c.c_void_p) for n in ("work", "linear", "layers")],
+        *[(n, c.c_int) for n in ("count", "hidden")],
+        *[(n, c.c_long) for n in ("slot", "length")],
+        *[(n, c.c_void_p) for n in ("pages", "x", "cos", "sin")],
+        ("status", c.c_int),
+    ]
+
+
+_STRUCTS = (CExperts, CExpertsRoom, CExpertsCall, CLinear, CLinearCall, CBell, CErrand, CDecoderLayer, CDecoderCall)
 
 # name -> (result, arguments, keeps the GIL). Short calls keep it: giving it up can cost a whole switch interval.
 _FUNCTIONS: dict[str, tuple[object, list[object], bool]] = {
@@ -123,6 +173,9 @@ _FUNCTIONS: dict[str, tuple[object, list[object], bool]] = {
     "tm_linear_submit": (c.c_int, [c.c_void_p], True),
     "tm_linear_wait": (None, [c.c_void_p], False),
     "tm_linear_run": (None, [c.c_void_p], False),
+    "tm_decoder_work_new": (c.c_void_p, [c.c_void_p, c.c_int, c.c_int, c.c_int, c.c_int], False),
+    "tm_decoder_work_free": (None, [c.c_void_p], False),
+    "tm_decoder_run": (None, [c.c_void_p], False),
     "tm_bell_start": (c.c_void_p, [c.c_void_p, c.POINTER(CErrand), c.c_uint32, c.c_long], False),
     "tm_bell_stop": (None, [c.c_void_p], False),
 }
@@ -215,12 +268,16 @@ def describe_core() -> str:
     return f"compiled core, {core.level} kernels (this processor runs {', '.join(core.levels())})"
 
 
-@cache
+_opened: list[Core] = []  # what this process uses, at most one
+
+
 def load_core() -> Core | None:
-    """The C core, opened once a process; None, with a notice, where it is not there."""
-    path = find_library()
+    """The C core, opened once a process; None, with a notice, where it is not there (it is looked for at every call)."""
+    path = None if _opened else find_library()
     if path is not None:
-        return Core(path)
+        _opened.append(Core(path))
+    if _opened:
+        return _opened[0]
     board.post(
         Notice(
             "experts and packed weights on the CPU run in plain PyTorch",

@@ -89,14 +89,24 @@ static void naive_round(const float *x, double *to, long n, int format)
     }
 }
 
-static void naive_linear(const tm_matrix *m, const float *x, const float *bias, float *out)
+/* All values of a matrix, to be freed. */
+static double *naive_matrix(const tm_matrix *m)
+{
+    double *values = malloc(sizeof *values * (size_t)m->rows * (size_t)m->cols);
+    for (long r = 0; r < m->rows; r++)
+        for (long c = 0; c < m->cols; c++)
+            values[r * m->cols + c] = naive_value(m, r, c);
+    return values;
+}
+
+static void naive_linear(const tm_matrix *m, const double *values, const float *x, const float *bias, float *out)
 {
     double *rounded = malloc(sizeof *rounded * (size_t)m->cols);
     naive_round(x, rounded, m->cols, m->format);
     for (long r = 0; r < m->rows; r++) {
         double sum = bias ? bias[r] : 0;
         for (long c = 0; c < m->cols; c++)
-            sum += naive_value(m, r, c) * rounded[c];
+            sum += values[r * m->cols + c] * rounded[c];
         out[r] = (float)sum;
     }
     free(rounded);
@@ -112,20 +122,27 @@ static double naive_gate(const tm_experts *l, double gate, double up)
     return gate / (1 + exp(-l->alpha * gate)) * (fmax(fmin(up, l->limit), -l->limit) + 1);
 }
 
-static void naive_expert(const tm_experts *l, int64_t id, const float *x, float *out)
+/* The values of one expert's matrices, made when first wanted. */
+typedef struct {
+    double *gate, *up, *down;
+} naive_values;
+
+static void naive_expert(const tm_experts *l, int64_t id, const float *x, naive_values *v, float *out)
 {
     const char *blob = l->blobs[id];
     tm_matrix gate, up, down;
     tm_matrix_view(&gate, l->gate_format, l->width, l->hidden, blob + l->gate_at);
     tm_matrix_view(&up, l->up_format, l->width, l->hidden, blob + l->up_at);
     tm_matrix_view(&down, l->down_format, l->hidden, l->width, blob + l->down_at);
+    if (!v->gate)
+        *v = (naive_values){naive_matrix(&gate), naive_matrix(&up), naive_matrix(&down)};
     float *g = malloc(sizeof *g * (size_t)l->width), *u = malloc(sizeof *u * (size_t)l->width);
 #define BIAS(at) ((at) < 0 ? NULL : (const float *)(const void *)(blob + (at)))
-    naive_linear(&gate, x, BIAS(l->gate_bias_at), g);
-    naive_linear(&up, x, BIAS(l->up_bias_at), u);
+    naive_linear(&gate, v->gate, x, BIAS(l->gate_bias_at), g);
+    naive_linear(&up, v->up, x, BIAS(l->up_bias_at), u);
     for (long i = 0; i < l->width; i++)
         g[i] = (float)naive_gate(l, g[i], u[i]);
-    naive_linear(&down, g, BIAS(l->down_bias_at), out);
+    naive_linear(&down, v->down, g, BIAS(l->down_bias_at), out);
 #undef BIAS
     free(g);
     free(u);

@@ -4,6 +4,7 @@
 #include <stddef.h>
 
 #include "bell.h"
+#include "decoder.h"
 #include "experts.h"
 #include "level.h"
 #include "linear.h"
@@ -13,7 +14,8 @@ int tm_abi_version(void) { return TM_ABI_VERSION; }
 size_t tm_abi_size(int which)
 {
     static const size_t sizes[] = {sizeof(tm_experts), sizeof(tm_experts_room), sizeof(tm_experts_call),
-                                   sizeof(tm_linear), sizeof(tm_linear_call), sizeof(tm_bell), sizeof(tm_errand)};
+                                   sizeof(tm_linear), sizeof(tm_linear_call), sizeof(tm_bell), sizeof(tm_errand),
+                                   sizeof(tm_decoder_layer), sizeof(tm_decoder_call)};
     return which >= 0 && (size_t)which < sizeof sizes / sizeof *sizes ? sizes[which] : 0;
 }
 

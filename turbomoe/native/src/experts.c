@@ -191,7 +191,7 @@ static void set_units(tm_experts_work *w)
     const tm_routes *routes = &w->routes;
     w->h_units = tm_units(l->width, w->unit);
     /* One row is quantised by the caller: a phase of its own would cost more. */
-    w->task.units[TAKE] = routes->slots && w->call->rows > 1 ? w->call->rows : 0;
+    w->task.units[TAKE] = w->call->rows > 1 ? w->call->rows : 0;
     w->task.units[INSIDE] = routes->slots * w->h_units;
     w->task.units[OUTPUT] = tm_units(l->hidden, w->unit);
     w->task.grain[TAKE] = 1;
@@ -207,6 +207,10 @@ int tm_experts_submit(tm_experts_call *call)
         call->status = TM_ERR_ROUTE;
     if (call->status != TM_OK)
         return call->status;
+    if (!w->routes.slots) { /* every expert is left out: nothing to take in, nobody to wake */
+        memset(call->out, 0, (size_t)call->rows * (size_t)l->hidden * (size_t)tm_type_bytes[call->out_type]);
+        return TM_OK;
+    }
     w->call = call;
     w->level = tm_level_now();
     w->x_quantised = !tm_is_float(l->gate_format) || !tm_is_float(l->up_format);

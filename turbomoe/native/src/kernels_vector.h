@@ -1,50 +1,18 @@
-/* Element-wise work: quantising activations and the gate. Plain loops that the compiler vectorises for each level. */
-
-/* Round to the nearest integer (ties to even), |x| < 2^22: adding 1.5 * 2^23 leaves the integer in the low bits. */
-INLINE int32_t nearest(float x)
-{
-    const float magic = 0x1.8p23f;
-    int32_t bits;
-    x += magic;
-    memcpy(&bits, &x, sizeof bits);
-    return bits - 0x4b400000;
-}
-
-/* Largest magnitude as an integer comparison of bit patterns: it vectorises, and NaN wins over every number. */
-INLINE float largest(const float *x)
-{
-    int32_t most = 0;
-    float result;
-    for (int i = 0; i < TM_GROUP; i++) {
-        int32_t bits;
-        memcpy(&bits, x + i, sizeof bits);
-        bits &= 0x7fffffff;
-        most = bits > most ? bits : most;
-    }
-    memcpy(&result, &most, sizeof result);
-    return result;
-}
+/* Element-wise work: quantising activations and the gate. Plain loops that the compiler vectorises for each level,
+ * over the group primitives of rounding_*.h. */
+#include "nearest.h"
 
 static void quantise(const float *x, tm_act to, long first, long n)
 {
     for (long g = first; g < first + n; g++) {
         const float *from = x + (g - first) * TM_GROUP;
-        float most = largest(from), inverse = most > 0x1p-100f && most < 0x1p120f ? 127.0f / most : 0.0f;
-        int32_t q[TM_GROUP], sum = 0, sum2 = 0;
-        for (int i = 0; i < TM_GROUP; i++)
-            q[i] = inverse == 0.0f ? 0 : nearest(from[i] * inverse);
-        for (int i = 0; i < 16; i++)
-            to.first[g * 16 + i] = (int8_t)q[i];
-        for (int i = 0; i < 16; i++)
-            to.second[g * 16 + i] = (int8_t)q[16 + i];
-        for (int i = 0; i < 16; i++)
-            sum += q[i];
-        for (int i = 16; i < 32; i++)
-            sum2 += q[i];
+        int32_t sum[2];
+        float most = group_peak(from), inverse = most > 0x1p-100f && most < 0x1p120f ? 127.0f / most : 0.0f;
+        group_round(from, inverse, to.first + g * 16, to.second + g * 16, sum);
         float scale = most < 0x1p120f ? most / 127.0f : (float)NAN;
         to.scale[g] = scale;
-        to.sum[g] = scale * (float)(sum + sum2);
-        to.sum2[g] = scale * (float)sum2;
+        to.sum[g] = scale * (float)(sum[0] + sum[1]);
+        to.sum2[g] = scale * (float)sum[1];
     }
 }
 

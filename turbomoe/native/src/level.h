@@ -3,6 +3,7 @@
 #define TM_LEVEL_H
 
 #include "activation.h"
+#include "attend.h"
 #include "formats.h"
 
 #define INLINE static inline __attribute__((always_inline))
@@ -31,6 +32,10 @@ typedef struct {
     void (*quantise)(const float *x, tm_act to, long g, long n);
     /* gate[i] = act(gate[i]) * up[i]; alpha and limit are for TM_SWIGLU_CLIPPED. */
     void (*gate)(int kind, float *gate, const float *up, long n, float alpha, float limit);
+    /* Root-mean-square norm of x [n], times weight. */
+    void (*norm)(const float *x, const float *weight, float *out, long n, float eps);
+    /* Keys [begin, end) that a token sees of `head` into the softmaxes of that head's queries. */
+    void (*attend)(const tm_attend *a, long head, long begin, long end, tm_softmax *states);
     /* Between floats and a TM_TYPE. */
     void (*widen)(int type, const void *from, float *to, long n);
     void (*narrow)(int type, const float *from, void *to, long n);

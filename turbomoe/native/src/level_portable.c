@@ -10,7 +10,9 @@
 #include "kernels_panel.h"
 #include "kernels_dot.h"
 #include "kernels_float.h"
+#include "rounding_plain.h"
 #include "kernels_vector.h"
+#include "kernels_decode.h"
 
 const tm_level tm_level_portable = {
     .name = "portable",
@@ -20,6 +22,8 @@ const tm_level tm_level_portable = {
                  many_TM_Q4_K, many_TM_Q5_K, many_TM_Q6_K, dot_TM_F16, dot_TM_BF16, dot_TM_F32},
     .quantise = quantise,
     .gate = gate,
+    .norm = norm,
+    .attend = attend,
     .widen = widen_floats,
     .narrow = narrow_floats,
     .read = read_memory,

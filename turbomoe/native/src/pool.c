@@ -123,21 +123,25 @@ static void go_on(tm_pool *pool, tm_task *task, int phase)
     }
 }
 
-/* Do some units, the worker's own first. 0 if there are none to take. */
-static int work(tm_pool *pool, int worker)
+static int is_done(tm_task *task) { return (int)atomic_load_explicit(&task->done, memory_order_acquire); }
+
+/* Do units, the worker's own first, until there are none to take or `awaited` (if any) is done. 0 if there were none.
+ *
+ * `left` is every worker's, so it is written once a visit and not once a take: units that are done but not yet
+ * counted keep the phase open like units in the making. */
+static int work(tm_pool *pool, int worker, tm_task *awaited)
 {
+    long done = 0, begin, n;
     for (int i = 0; i < pool->threads; i++) {
-        long begin, n = take(pool, &pool->lanes[(worker + i) % pool->threads], &begin);
-        if (!n)
-            continue;
-        tm_task *task = pool->task;
-        int phase = pool->phase;
-        task->run(task, phase, begin, begin + n, worker);
-        if (atomic_fetch_sub_explicit(&pool->left, n, memory_order_acq_rel) == n)
-            go_on(pool, task, phase + 1);
-        return 1;
+        lane *from = &pool->lanes[(worker + i) % pool->threads];
+        while (!(awaited && is_done(awaited)) && (n = take(pool, from, &begin))) {
+            pool->task->run(pool->task, pool->phase, begin, begin + n, worker);
+            done += n;
+        }
     }
-    return 0;
+    if (done && atomic_fetch_sub_explicit(&pool->left, done, memory_order_acq_rel) == done)
+        go_on(pool, pool->task, pool->phase + 1);
+    return done > 0;
 }
 
 static void sleep_on(tm_pool *pool, uint32_t seen, int is_waiter)
@@ -179,7 +183,7 @@ static void *helper(void *arg)
     free(arg);
     while (!atomic_load(&start.pool->stop)) {
         uint32_t seen = atomic_load(&start.pool->epoch);
-        if (!work(start.pool, start.worker) && !atomic_load(&start.pool->stop))
+        if (!work(start.pool, start.worker, NULL) && !atomic_load(&start.pool->stop))
             idle(start.pool, seen, 0);
     }
     return NULL;
@@ -310,14 +314,12 @@ void tm_pool_submit(tm_pool *pool, tm_task *task)
         go_on(pool, task, 0);
 }
 
-static int is_done(tm_task *task) { return (int)atomic_load_explicit(&task->done, memory_order_acquire); }
-
 void tm_pool_wait(tm_pool *pool, tm_task *task)
 {
     while (!is_done(task)) {
         uint32_t seen = atomic_load(&pool->epoch);
         if (!atomic_exchange_explicit(&pool->caller, 1, memory_order_acquire)) {
-            while (!is_done(task) && work(pool, 0))
+            while (!is_done(task) && work(pool, 0, task))
                 ;
             atomic_store(&pool->caller, 0);
             /* Another waiter may have been turned away while units for it were open: nobody else would tell it. */

@@ -38,6 +38,14 @@ INLINE vf vf_e8m0(const uint8_t *p)
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 23));
 }
 
+/* table[index[i]], 16 entries. */
+INLINE vf vf_levels(const float *table, const uint8_t *index)
+{
+    __m256i i = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)index));
+    vf low = _mm256_permutevar8x32_ps(vf_load(table), i), high = _mm256_permutevar8x32_ps(vf_load(table + 8), i);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
+}
+
 /* One superblock covers a step of 8 groups. */
 INLINE vf vf_super(const uint8_t *p, int stride)
 {

@@ -33,6 +33,12 @@ INLINE vf vf_e8m0(const uint8_t *p)
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 23));
 }
 
+/* table[index[i]], 16 entries. */
+INLINE vf vf_levels(const float *table, const uint8_t *index)
+{
+    return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)index)), vf_load(table));
+}
+
 /* Two superblocks cover a step of 16 groups. */
 INLINE vf vf_super(const uint8_t *p, int stride)
 {

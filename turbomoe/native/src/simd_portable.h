@@ -50,6 +50,11 @@ INLINE vf vf_u8(const uint8_t *p) { return vf_int((vi){p[0], p[1], p[2], p[3]});
 INLINE vf vf_i8(const uint8_t *p) { return vf_int((vi){(int8_t)p[0], (int8_t)p[1], (int8_t)p[2], (int8_t)p[3]}); }
 INLINE vf vf_e8m0(const uint8_t *p) { return (vf)((vu){p[0], p[1], p[2], p[3]} << 23); }
 
+INLINE vf vf_levels(const float *table, const uint8_t *index)
+{
+    return (vf){table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
+}
+
 /* A step of 4 groups lies within one superblock. */
 INLINE vf vf_super(const uint8_t *p, int stride)
 {

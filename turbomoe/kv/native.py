@@ -1,0 +1,56 @@
+"""One layer's memory as the C core reads it, for attention of one new token (``native/src/attend.h``)."""
+
+from __future__ import annotations
+
+import torch
+
+from turbomoe.kv.codebooks import levels
+from turbomoe.kv.hadamard import random_signs
+from turbomoe.kv.layer import Side
+from turbomoe.kv.shape import AttentionShape
+from turbomoe.native.library import TYPES, CKVLayer, CKVSide
+
+KINDS = {"f32": 0, "bf16": 1, "f16": 2, "q8_0": 3, "tq2": 4, "tq3": 5, "tq4": 6}
+NO_PAGES = 7  # a sliding window
+GROUP, LANES, DIM = 16, 16, 256  # most queries a key head, values that a vector comes in, most values of a head
+
+
+def describe(shape: AttentionShape, keys: Side, values: Side) -> CKVLayer | None:
+    """The layer's memory, which has to outlive the description; None if the C core does not read it.
+
+    It does not read heads that are no multiple of 16 values or longer than 256, more than 16 queries a key head, codes
+    without an exact window, and codecs that it does not know.
+    """
+    group = shape.query_heads // shape.kv_heads
+    if shape.head_dim % LANES or shape.head_dim > DIM or group > GROUP:
+        return None
+    if keys.recent == 0 and not (keys.is_exact and values.is_exact):
+        return None
+    sides = [_side(side) for side in (keys, values)]
+    if None in sides:
+        return None
+    signs = random_signs(shape.head_dim).data_ptr() if keys.rotated or values.rotated else None
+    return CKVLayer(shape.query_heads, shape.kv_heads, shape.head_dim, keys.sink, keys.recent, *sides, signs)
+
+
+def _side(side: Side) -> CKVSide | None:
+    kind = NO_PAGES if side.codec is None else KINDS.get(side.codec.name)
+    if kind is None or side.ring.device.type != "cpu":
+        return None
+    exact = TYPES[str(side.exact_dtype).removeprefix("torch.")]
+    found = CKVSide(kind, exact, side.sinks.data_ptr(), side.ring.data_ptr())
+    if side.planes:
+        found.codes = side.planes[0].data_ptr()
+        found.scales = side.planes[1].data_ptr() if len(side.planes) > 1 else None
+    if side.mean is not None:
+        found.mean = _contiguous(side.mean).data_ptr()
+    if side.rotated:
+        assert side.codec is not None
+        table = levels(int(side.codec.name[-1]))
+        found.levels[: len(table)] = table
+    return found
+
+
+def _contiguous(mean: torch.Tensor) -> torch.Tensor:
+    assert mean.is_contiguous() and mean.dtype == torch.float32
+    return mean
