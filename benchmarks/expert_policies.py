@@ -213,7 +213,8 @@ def measure(folder: Path) -> None:
 def store(**figures: Any) -> None:
     """Put figures beside those that are stored, and print all of them as the last line."""
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.write_text(json.dumps(stored | figures, indent=1) + "\n")
+    lines = (f"{json.dumps(name)}: {json.dumps(found)}" for name, found in (stored | figures).items())
+    RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     print(json.dumps(stored | figures))
 
 
