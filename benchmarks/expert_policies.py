@@ -1,7 +1,9 @@
 """What cache policies do with the demo model's real routing: measures, stores, writes the tables of docs/experts.md.
 
-    python benchmarks/expert_policies.py measure    # records routing (some minutes), replays it, stores the figures
-    python benchmarks/expert_policies.py write      # the tables of docs/experts.md from those figures
+    python benchmarks/expert_policies.py record traces     # routing of prose and code, into a folder (some minutes)
+    python benchmarks/expert_policies.py measure traces    # replays it and stores the figures
+    python benchmarks/expert_policies.py speed traces      # how long a million layer-tokens take; stored beside them
+    python benchmarks/expert_policies.py write             # the tables of docs/experts.md from the figures
 
 Profiles are of the beginning of a text, traces of what follows, so that no profile has seen what it is judged on.
 The ceiling of a hit rate is Belady's, which knows the future: it is printed first.
@@ -13,7 +15,6 @@ import argparse
 import datetime
 import inspect
 import json
-import platform
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,9 @@ from typing import Any
 import numpy as np
 
 from turbomoe.cli.loading import Bar, quiet_transformers
+from turbomoe.cli.profile import render
 from turbomoe.config import EngineSettings, ExpertSettings, KVSettings
+from turbomoe.experts.residency import count_ids
 from turbomoe.files.reference import resolve
 from turbomoe.insight.profile import Profile
 from turbomoe.insight.profile_figures import summary
@@ -39,14 +42,14 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "experts.md"
 BEGIN, END = "<!-- tables: begin -->\n", "<!-- tables: end -->"
 TEXTS = {"prose": judgement_text, "code": lambda: inspect.getsource(argparse)}
 SLOTS = (8, 16, 24, 32)
-SEQUENCE, PROFILED, TRACED = 1024, 2048, 5120
+SEQUENCE, PROFILED, TRACED = 1024, 2048, 4096
 WINDOWS = {"1-64": (0, 64), "65-256": (64, 256), "257 on": (256, None)}
 TUNINGS = ((1.3, 32.0), (1.5, 32.0), (2.0, 32.0), (1.3, 64.0), (1.5, 64.0), (1.5, 128.0))
 MILLION = 1_000_000
 
 
-def record(reference: str) -> tuple[dict[str, Trace], dict[str, Profile]]:
-    """Traces and profiles of each text, from different parts of it."""
+def record(reference: str, folder: Path) -> None:
+    """Run each text; its whole trace and profile go into ``folder``."""
     quiet_transformers()
     from turbomoe.insight.profile_run import make_profiler, run_texts
     from turbomoe.models import load_model
@@ -54,19 +57,35 @@ def record(reference: str) -> tuple[dict[str, Trace], dict[str, Profile]]:
 
     model = load_model(resolve(reference), EngineSettings())
     assert model.experts is not None
-    traces, profiles = {}, {}
     for name, text in TEXTS.items():
-        ids = encode_text(model.tokenizer, text())
-        for part in (ids[:PROFILED], ids[PROFILED : PROFILED + TRACED]):
-            profiler = make_profiler(model, ExpertSettings.half_life, trace=True)
-            model.experts.observer = profiler
-            with Bar(name, unit="token") as bar:
-                run_texts(model, [part], SEQUENCE, KVSettings(), progress=bar)
-            profile = Profile(profiler.model, ExpertSettings.half_life, {name: profiler.finish()})
-            profiles.setdefault(name, profile)
-            assert profiler.trace is not None
-            traces[name] = profiler.trace.finish(name)
-    return traces, profiles
+        profiler = make_profiler(model, ExpertSettings.half_life, trace=True)
+        model.experts.observer = profiler
+        with Bar(name, unit="token") as bar:
+            ids = encode_text(model.tokenizer, text())[: PROFILED + TRACED]
+            run_texts(model, [ids], SEQUENCE, KVSettings(), progress=bar)
+        Profile(profiler.model, ExpertSettings.half_life, {name: profiler.finish()}).save(folder / f"{name}.profile")
+        assert profiler.trace is not None
+        profiler.trace.finish(name).save(folder / f"{name}.trace")
+
+
+def read(folder: Path) -> tuple[dict[str, Trace], dict[str, np.ndarray], dict[str, Any]]:
+    """Of each text: the trace of what follows the profiled beginning, that beginning's prior, figures of all."""
+    traces, priors, figures = {}, {}, {}
+    for name in TEXTS:
+        whole = Trace.load(folder / f"{name}.trace")
+        first = int(np.searchsorted(np.cumsum(whole.rows), PROFILED, side="right"))
+        priors[name] = sum(count_ids(step.ids, whole.model.shape[1]) for step in part(whole, 0, first).steps())
+        traces[name] = part(whole, first, None)
+        profile = Profile.load(folder / f"{name}.profile", whole.model.identity)
+        figures[name] = summary(profile.domains[name])
+    return traces, priors, figures
+
+
+def part(trace: Trace, start: int, end: int | None) -> Trace:
+    """Some of the steps of a trace."""
+    rows = slice(int(trace.rows[:start].sum()), int(trace.rows[:end].sum()))
+    steps = {name: getattr(trace, name)[start:end] for name in ("rows", "phases", "after")}
+    return replace(trace, ids=trace.ids[rows], weights=trace.weights[rows], **steps)
 
 
 def cold(trace: Trace) -> Trace:
@@ -96,12 +115,20 @@ def hit_rates(
     }
 
 
-def seeding(traces: dict[str, Trace], profiles: dict[str, Profile]) -> list[dict[str, Any]]:
+def seeding(traces: dict[str, Trace], priors: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     """Each text with no profile, its own and the other's; with its prompts and without."""
     return [
         {"run": run, "prompts": prompts, "profile": of or "none", "hit_rates": hit_rates(
-            trace if prompts else cold(trace), ExpertSettings(), profiles[of].prior() if of else None, WINDOWS)}
-        for run, trace in traces.items() for prompts in (True, False) for of in (None, *profiles)
+            trace if prompts else cold(trace), ExpertSettings(), priors[of] if of else None, WINDOWS)}
+        for run, trace in traces.items() for prompts in (True, False) for of in (None, *priors)
+    ]  # fmt: skip
+
+
+def frozen(traces: dict[str, Trace], priors: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Each text on a placement that is frozen from a profile, its own and the other's."""
+    return [
+        {"run": run, "profile": of, "results": _json(simulate(trace, ["static"], SLOTS, ExpertSettings(), prior))}
+        for run, trace in traces.items() for of, prior in priors.items()
     ]  # fmt: skip
 
 
@@ -159,31 +186,36 @@ def speed(traces: dict[str, Trace]) -> list[dict[str, Any]]:
     return made
 
 
-def measure(reference: str) -> None:
-    """Record, replay, store."""
-    traces, profiles = record(reference)
+def measure(folder: Path) -> None:
+    """Replay, print the ceiling, store."""
+    traces, priors, domains = read(folder)
     outcomes = {
-        name: _json(simulate(trace, ENGINE_POLICIES + BOUNDS, SLOTS, ExpertSettings(), profiles[name].prior()))
+        name: _json(simulate(trace, ENGINE_POLICIES + BOUNDS, SLOTS, ExpertSettings(), priors[name]))
         for name, trace in traces.items()
     }
     for name, found in outcomes.items():
         ceiling = [o["steady_hit_rate"] for o in found if o["policy"] == "belady"]
         print(f"ceiling on {name}: {', '.join(f'{rate:.3f}' for rate in ceiling)} at {SLOTS} slots")
-    figures = {
-        "model": profiles["prose"].model.name,
-        "date": datetime.date.today().isoformat(),
-        "cpu": platform.machine(),
-        "versions": {package: version(package) for package in ("torch", "transformers", "numpy")},
-        "tokens": {"profile": PROFILED, "trace": TRACED, "sequence": SEQUENCE},
-        "slots": SLOTS,
-        "domains": {name: summary(profile.domains[name]) for name, profile in profiles.items()},
-        "policies": outcomes,
-        "seeding": seeding(traces, profiles),
-        "tunings": tunings(traces),
-        "speed": speed(traces),
-    }
-    RESULTS.write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures))
+    store(
+        model=traces["prose"].model.name,
+        date=datetime.date.today().isoformat(),
+        versions={package: version(package) for package in ("torch", "transformers", "numpy")},
+        tokens={"profile": PROFILED, "trace": TRACED, "sequence": SEQUENCE},
+        slots=SLOTS,
+        domains=domains,
+        policies=outcomes,
+        seeding=seeding(traces, priors),
+        frozen=frozen(traces, priors),
+        tunings=tunings(traces),
+    )
+
+
+def store(**figures: Any) -> None:
+    """Put figures beside those that are stored, and print all of them as the last line."""
+    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    lines = (f"{json.dumps(name)}: {json.dumps(found)}" for name, found in (stored | figures).items())
+    RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    print(json.dumps(stored | figures))
 
 
 # -- tables --------------------------------------------------------------------------------------------------------
@@ -201,10 +233,12 @@ def tables(figures: dict[str, Any]) -> Iterator[str]:
     size = figures["tokens"]
     yield (
         f"{figures['model']}, {figures['date']}: 8 layers of 64 experts, 4 routed. Prose is Moby-Dick, code is\n"
-        f"Python's `argparse`. Profiles are of the first {size['profile']} tokens of each, traces of the next "
-        f"{size['trace']}, in\nsequences of {size['sequence']}, of which a quarter is a prompt. Hit rates and uploads "
+        f"CPython 3.11's `argparse`. Profiles are of the first {size['profile']} tokens of each, traces of the next "
+        f"{size['trace']},\nin sequences of {size['sequence']}, of which a quarter is a prompt. Hit rates and uploads "
         "are of decode, after the\nfirst 256 tokens unless said.\n"
     )
+    yield "### The routing\n"
+    yield render(figures["domains"]) + "\n"
     for name, found in figures["policies"].items():
         yield f"### Policies on {name}: hit rate / experts copied per layer and token\n"
         names = dict.fromkeys(o["policy"] for o in found)
@@ -219,6 +253,11 @@ def tables(figures: dict[str, Any]) -> Iterator[str]:
     yield "### A profile of one text, another text run\n"
     yield "Points of hit rate that the profile adds to the adaptive policy (8 / 16 / 24 / 32 slots).\n"
     yield table(["run", "profile of", "start", *(f"tokens {name}" for name in WINDOWS)], list(_seeding_rows(figures)))
+    yield "### A placement frozen from a profile: hit rate\n"
+    fixed = [
+        [f["run"], f["profile"], *(f"{o['steady_hit_rate']:.3f}" for o in f["results"])] for f in figures["frozen"]
+    ]
+    yield table(["run", "profile of", *slots], fixed)
     yield "### Hysteresis and half-life\n"
     yield "Steady hit rate / share of the uploads of `lru-wait`, and the hit rate in the first 64 tokens after prose "
     yield "turns into code (no prompt in between), at 16 and at 32 slots.\n"
@@ -270,11 +309,16 @@ def write() -> None:
 def main() -> None:
     """Measure or write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("measure", "write"))
+    parser.add_argument("what", choices=("record", "measure", "speed", "write"))
+    parser.add_argument("folder", nargs="?", default="traces", type=Path)
     parser.add_argument("-m", "--model", default="demo:moe")
     args = parser.parse_args()
-    if args.what == "measure":
-        measure(args.model)
+    if args.what == "record":
+        record(args.model, args.folder)
+    elif args.what == "measure":
+        measure(args.folder)
+    elif args.what == "speed":
+        store(speed=speed(read(args.folder)[0]))
     else:
         write()
 

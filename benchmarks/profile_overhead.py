@@ -3,7 +3,7 @@
     python benchmarks/profile_overhead.py [-m demo:moe] [--steps 1024]
 
 Four arms take turns, step by step, in one sequence: nobody listens (twice: the A/A difference is the noise), the
-profiler, the profiler with a trace. Times are CPU time of the one thread that runs the step, so that other processes
+profiler, the profiler with a trace. Times are CPU time of this process with one thread of work, so that other processes
 disturb less; the sums of a block fall into the step that completes it and are counted. Ceiling first: what the copies
 alone must take, measured on this machine.
 """
@@ -38,11 +38,11 @@ def copy_seconds(model: LoadedModel) -> float:
     """CPU seconds of the two small copies a layer that the profiler cannot do without, per decode step."""
     assert model.experts is not None
     ids, weights = torch.zeros(1, model.experts.top_k, dtype=torch.int64), torch.zeros(1, model.experts.top_k)
-    start = time.thread_time()
+    start = time.process_time()
     for _ in range(20_000):
         ids.clone()
         weights.clone()
-    return (time.thread_time() - start) / 20_000 * len(model.experts.store.layouts)
+    return (time.process_time() - start) / 20_000 * len(model.experts.store.layouts)
 
 
 def measure(model: LoadedModel, tokens: list[int], steps: int) -> dict[str, float]:
@@ -59,9 +59,9 @@ def measure(model: LoadedModel, tokens: list[int], steps: int) -> dict[str, floa
             for offset, arm in enumerate(dice.sample(range(len(ARMS)), len(ARMS))):
                 model.experts.observer = observers[arm]
                 token = torch.tensor([[tokens[at + offset]]])
-                start = time.thread_time()
+                start = time.process_time()
                 runner.forward([0], token, Phase.DECODE)
-                spent[arm] += time.thread_time() - start
+                spent[arm] += time.process_time() - start
                 done += 1
     return {name: seconds * len(ARMS) / done for name, seconds in zip(ARMS, spent, strict=True)}
 

@@ -43,12 +43,14 @@ class Residents:
     vacant: npt.NDArray[np.int64]
 
 
-def count_ids(ids: Ids, num_experts: int, weights: npt.ArrayLike = 1.0) -> Counts:
-    """Sum of ``weights`` (broadcast to ids) by expert: ids [layers, rows, k], -1 for none -> [layers, experts]."""
+def count_ids(ids: Ids, num_experts: int, weights: npt.ArrayLike | None = None) -> Counts:
+    """Sum of ``weights`` (broadcast to ids; 1 each without) by expert: ids [layers, rows, k], -1 for none ->
+    [layers, experts].
+    """
     layers = ids.shape[0]
     real = ids >= 0
     flat = (ids + np.arange(layers)[:, None, None] * num_experts)[real]
-    mass = np.broadcast_to(np.asarray(weights, dtype=np.float64), ids.shape)[real]
+    mass = None if weights is None else np.broadcast_to(np.asarray(weights, dtype=np.float64), ids.shape)[real]
     return np.bincount(flat, mass, layers * num_experts).reshape(layers, num_experts).astype(np.float64, copy=False)
 
 
@@ -61,6 +63,8 @@ class ResidencyPolicy:
         self.settings, self.top_k = settings, top_k
         self.decay = 0.5 ** (1 / settings.half_life)
         self.blob_bytes = np.array(blob_bytes, dtype=np.int64)
+        # Unspent allowance is kept up to one blob, or a budget below the size of a blob would never move one.
+        self._most_allowed = max(settings.bytes_per_step, int(self.blob_bytes.max()))
         width = max(num_experts)
         self.exists = np.arange(width) < np.array(num_experts)[:, None]
         self.scores = np.zeros(self.exists.shape)
@@ -116,9 +120,7 @@ class ResidencyPolicy:
         """Moves worth making after this step, most valuable first, within the byte budget. Empty when frozen."""
         if self.settings.policy == "frozen":
             return []
-        # Unspent allowance is kept up to one blob, or a budget below the size of a blob would never move one.
-        ceiling = max(self.settings.bytes_per_step, int(self.blob_bytes.max()))
-        self._allowance = min(self._allowance + self.settings.bytes_per_step, ceiling)
+        self._allowance = min(self._allowance + self.settings.bytes_per_step, self._most_allowed)
         valued = sorted(self._fills(now) + self._swaps(now), key=lambda pair: -pair[0])
         return self._affordable([move for _, move in valued])
 
@@ -136,10 +138,10 @@ class ResidencyPolicy:
         return victims
 
     def _fills(self, now: Residents, least: float = 0.0) -> list[tuple[float, Move]]:
-        outside = self.exists & ~now.resident & ~now.in_flight
         found: list[tuple[float, Move]] = []
         for position in np.flatnonzero(now.vacant > 0):
-            scores = np.where(outside[position], self.scores[position], -np.inf)
+            outside = self.exists[position] & ~now.resident[position] & ~now.in_flight[position]
+            scores = np.where(outside, self.scores[position], -np.inf)
             for expert in np.argsort(-scores, kind="stable")[: now.vacant[position]]:
                 if scores[expert] > least:
                     found.append((float(scores[expert]), Move(int(position), int(expert))))
@@ -165,6 +167,8 @@ class ResidencyPolicy:
         return found
 
     def _affordable(self, moves: list[Move]) -> list[Move]:
+        if not moves:
+            return []
         cost = np.cumsum(self.blob_bytes[[move.position for move in moves]], dtype=np.int64)
         count = int(np.searchsorted(cost, self._allowance, side="right"))
         if count:

@@ -20,7 +20,7 @@ from turbomoe.errors import SettingsError
 from turbomoe.experts.base import Phase
 from turbomoe.experts.recency import make_policy
 from turbomoe.experts.residency import Move, Residents
-from turbomoe.insight.trace import DROP_PROMPT, END_PROMPT, Trace
+from turbomoe.insight.trace import DROP_PROMPT, END_PROMPT, Step, Trace
 
 WARM_TOKENS = 256  # decode rows that the steady figures leave out
 NEEDS_PROFILE = ("seeded", "static")
@@ -182,34 +182,35 @@ def replay(trace: Trace, settings: ExpertSettings, slots: Sequence[int], prior: 
     quota = np.minimum(np.repeat(slots, len(model.layers)), np.tile(model.experts, arms)).astype(np.int64)
     place, tally = Placement(model.shape[1], quota), Tally.empty(arms)
     where = np.arange(len(quota))[:, None, None]
-    for step in trace.steps():
+    for step in trace.steps(arms):
         before = place.uploads.copy()
         place.advance()
         if settings.policy == "frozen":
             place.apply(policy.fill(place.seen()))
             place.advance()
-        ids = np.tile(step.ids, (arms, 1, 1))
         if step.phase is Phase.PREFILL:
-            policy.observe_prompt(ids)
+            policy.observe_prompt(step.ids)
         else:
-            tally.hits.append(_by_arm((place.resident[where, ids] & (ids >= 0)).sum(axis=(1, 2)), arms))
-            policy.observe(ids)
+            found = place.resident[where, step.ids] & (step.ids >= 0)
+            tally.hits.append(_by_arm(found.sum(axis=(1, 2)), arms))
+            policy.observe(step.ids)
             place.apply(policy.plan(place.seen()))
         if step.after == END_PROMPT:
             policy.end_prompt()
             place.apply(policy.plan(place.seen()))
         elif step.after == DROP_PROMPT:
             policy.drop_prompt()
-        _count(tally, step.phase, step.ids, _by_arm(place.uploads - before, arms))
+        _count(tally, step, _by_arm(place.uploads - before, arms))
     return tally
 
 
-def _count(tally: Tally, phase: Phase, ids: npt.NDArray[np.int32], uploads: Counts) -> None:
-    if phase is Phase.PREFILL:
+def _count(tally: Tally, step: Step, uploads: Counts) -> None:
+    """Note the uploads around a step whose layers come once for each arm."""
+    if step.phase is Phase.PREFILL:
         tally.prompt_uploads += uploads
         return
-    tally.rows.append(ids.shape[1])
-    tally.routed.append(int((ids >= 0).sum()))
+    tally.rows.append(step.ids.shape[1])
+    tally.routed.append(int(np.count_nonzero(step.ids >= 0)) // len(uploads))
     tally.uploads.append(uploads)
 
 

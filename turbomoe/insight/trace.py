@@ -21,6 +21,7 @@ KIND, VERSION = "turbomoe-expert-trace", 1
 LARGEST_FILE = 1 << 34
 PHASES = tuple(Phase)
 NOTHING, END_PROMPT, DROP_PROMPT = 0, 1, 2  # what came after a step
+UNPACKED_ROWS = 1024
 NONE = 0xFFFF  # an id where nothing was routed
 FORMS: dict[str, tuple[int, type]] = {  # dimensions and type of the arrays
     "ids": (3, np.uint16),
@@ -69,14 +70,23 @@ class Trace:
         if ((self.ids != NONE) & (self.ids >= np.array(self.model.experts)[:, None])).any():
             raise RecordError("it routes to experts that its model does not have")
 
-    def steps(self) -> Iterator[Step]:
-        """The passes in order."""
-        start = 0
-        for rows, phase, after in zip(self.rows.tolist(), self.phases.tolist(), self.after.tolist(), strict=True):
-            ids = self.ids[start : start + rows].astype(np.int32).transpose(1, 0, 2)
-            ids[ids == NONE] = -1
-            yield Step(PHASES[phase], ids, after)
-            start += rows
+    def steps(self, copies: int = 1) -> Iterator[Step]:
+        """The passes in order; with ``copies`` the layers of each come so many times, one set after another."""
+        ends = np.cumsum(self.rows, dtype=np.int64).tolist()
+        kinds = zip(self.rows.tolist(), ends, self.phases.tolist(), self.after.tolist(), strict=True)
+        opened = closed = 0
+        for rows, end, phase, after in kinds:
+            start = end - rows
+            if end > closed:  # unpacked in large pieces: a step alone is small, and calls are what costs
+                opened, closed = start, max(end, min(start + UNPACKED_ROWS, len(self.ids)))
+                ids = self._unpacked(opened, closed, copies)
+            yield Step(PHASES[phase], ids[:, start - opened : end - opened], after)
+
+    def _unpacked(self, start: int, end: int, copies: int) -> npt.NDArray[np.int32]:
+        """Ids [copies * layers, rows, k] of some rows, -1 for none."""
+        ids = np.tile(self.ids[start:end].transpose(1, 0, 2), (copies, 1, 1)).astype(np.int32)
+        ids[ids == NONE] = -1
+        return ids
 
     @property
     def decode_rows(self) -> int:
