@@ -94,7 +94,8 @@ def assert_alike(model, kv, ids, chunks, **more):
     for part in ids.split(chunks, 1):
         for a, b in zip(native.stored(), plain.stored(), strict=True):
             if a.dtype.is_floating_point:
-                torch.testing.assert_close(a.float(), b.float(), rtol=1e-2, atol=1e-4)
+                # A vector in a wrong place would differ by its own size.
+                assert (a.float() - b.float()).abs().max() <= 5e-3 * b.float().abs().max() if b.numel() else True
             a.copy_(b)
         got, want = native.forward(part), plain.forward(part)
         if part.shape[1] == 1:
