@@ -22,7 +22,7 @@ BUGS = {
     "a row reads another row": ("routes.c", "r->row[r->place[i]] = i / top", "r->row[r->place[i]] = 0"),
     "weights are those of another expert": ("experts.c", "call->weights[j]", "call->weights[r * call->top]"),
     "a bias is added twice": ("experts.c", "to[i] += bias[i]", "to[i] += 2 * bias[i]"),
-    "h is rounded before it is whole": ("experts.c", "memory_order_acq_rel) == 1)", "memory_order_acq_rel) >= 1)"),
+    "h is rounded before it is whole": ("experts.c", "memory_order_acq_rel) == 1)", "memory_order_acq_rel) == 2)"),
     "units are lost": ("pool.c", "n = n > most ? most : n;", "n = n > most ? most + 1 : n;"),
     "a phase opens early": ("pool.c", "memory_order_acq_rel) == done)", "memory_order_acq_rel) <= done + 1)"),
     "many tokens share a scale": (
