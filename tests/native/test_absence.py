@@ -33,7 +33,7 @@ def test_the_reference_runs_and_says_so(no_core: NoticeBoard, capsys: pytest.Cap
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "plain PyTorch" in line and "python -m turbomoe.native.build" in line
     assert len(no_core.counts) == 1
-    assert library.describe_core().startswith("plain PyTorch, because the compiled core is not there")
+    assert library.describe_core().startswith("plain PyTorch, tens of times slower: the compiled core is not there")
 
 
 def test_a_stale_core_is_not_used(no_core: NoticeBoard, tmp_path: Path) -> None:

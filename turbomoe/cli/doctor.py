@@ -80,11 +80,11 @@ def _triton_check() -> Check:
 
 
 def native_check() -> Check:
-    """Whether the C core for experts on the CPU has been built on this machine."""
-    from turbomoe.native.build import default_target
+    """What computes packed weights on the CPU, and why."""
+    from turbomoe.native.library import describe_core, find_library
 
-    library = default_target()
-    return Check("native core", str(library) if library.exists() else "not built: experts are computed by torch")
+    advice = "" if find_library() else "python -m turbomoe.native.build (needs a C compiler)"
+    return Check("native core", describe_core(), "note" if advice else "ok", advice)
 
 
 def demo_checks() -> list[Check]:

@@ -263,7 +263,7 @@ def describe_core() -> str:
     """Which path runs and why, in one line for ``doctor``."""
     path = find_library()
     if path is None:
-        return f"plain PyTorch, because {absence()}; to build it: python -m turbomoe.native.build"
+        return f"plain PyTorch, tens of times slower: {absence()}"
     core = Core(path)
     return f"compiled core, {core.level} kernels (this processor runs {', '.join(core.levels())})"
 
