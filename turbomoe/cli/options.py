@@ -51,7 +51,11 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         help="sequences at the same time (default %(default)s)",
     )
     group.add_argument(
-        "-t", "--threads", type=int, metavar="N", default=defaults.threads,
+        "-t",
+        "--threads",
+        type=int,
+        metavar="N",
+        default=defaults.threads,
         help="CPU threads, 0 for all usable cores but one (both of two)",
     )
     group.add_argument(
