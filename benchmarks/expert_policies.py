@@ -238,7 +238,7 @@ def tables(figures: dict[str, Any]) -> Iterator[str]:
         "are of decode, after the\nfirst 256 tokens unless said.\n"
     )
     yield "### The routing\n"
-    yield render(figures["domains"]) + "\n"
+    yield render(figures["domains"]).replace("\n5% to", "\n\n5% to") + "\n"
     for name, found in figures["policies"].items():
         yield f"### Policies on {name}: hit rate / experts copied per layer and token\n"
         names = dict.fromkeys(o["policy"] for o in found)

@@ -125,6 +125,12 @@ def test_no_policy_beats_belady_and_the_oracle_is_the_best_fixed_placement(slots
     assert found["oracle"] == np.sort(counts, axis=1)[:, -slots:].sum() >= found["static"]
 
 
+def test_belady_copies_nothing_that_is_needed_no_sooner() -> None:
+    trace = decode_trace(model(1, 4, 2), np.array([[0, 1], [2, 3], [0, 1], [1, 0]]).reshape(-1, 1, 2))
+    (found,) = simulate(trace, ["belady"], [1], ExpertSettings())
+    assert (found.hits, found.upload_count, found.prompt_uploads) == (3, 0, 1)
+
+
 def test_all_slots_hit_all_but_the_first_uses() -> None:
     trace = decode_trace(model(1, 4, 1), np.array([0, 1, 0, 1, 2, 0, 2, 3, 3]).reshape(-1, 1, 1))
     found = {o.policy: o for o in simulate(trace, ("lru", "lru-wait", "adaptive", "belady"), [4], ExpertSettings())}
