@@ -8,7 +8,7 @@
 #include "inputs.h"
 #include "level.h"
 
-enum { SERIAL = 1 << 17, LONG_SPLIT = 256 }; /* values read by one head group below which nobody is woken; keys a unit */
+enum { SERIAL = 1 << 15, LONG_SPLIT = 256 }; /* values read by one head group below which nobody is woken; keys a unit */
 
 struct tm_decoder_work {
     tm_task task;              /* first: the pool hands it back */
