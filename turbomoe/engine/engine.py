@@ -13,6 +13,7 @@ from turbomoe.engine.request import Event, Finish, Request, Usage
 from turbomoe.engine.runner import ModelRunner, check_finite
 from turbomoe.engine.sequence import Sequence
 from turbomoe.engine.slots import SlotPool
+from turbomoe.engine.threads import one_torch_thread, uses_workers
 from turbomoe.errors import ContextFullError, RequestError
 from turbomoe.experts.base import Phase
 from turbomoe.kv.means import KVMeans
@@ -32,6 +33,7 @@ class Engine:
         self.model, self.settings = model, settings
         self.ctx_size = settings.ctx_size or model.context_length
         self.runner = ModelRunner(model, settings.kv, slots=settings.parallel, ctx_size=self.ctx_size, means=means)
+        self._workers = uses_workers(model.shell)
         self.slots = SlotPool(self.runner.memory)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -70,7 +72,8 @@ class Engine:
         if not batch:
             return []
         try:
-            events = self._run(batch, ids, phase)
+            with one_torch_thread(self._workers and phase is Phase.DECODE):
+                events = self._run(batch, ids, phase)
         except Exception as error:
             events = [Event(s.request_id, finish=Finish.ERROR, error=error) for s in batch]
             self._abandon(batch)
