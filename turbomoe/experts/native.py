@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from turbomoe.errors import IntegrityError
-from turbomoe.experts.base import ExpertExecutor, ExpertLayout, ExpertWork
+from turbomoe.experts.base import ExpertExecutor, ExpertLayout, ExpertWork, Phase
 from turbomoe.experts.reference import check_work
 from turbomoe.experts.store import ExpertStore
 from turbomoe.native.kernels import ExpertsKernel
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from turbomoe.experts.slots import ExpertSlots
     from turbomoe.native.pool import WorkerPool
 
+MANY = 32  # rows of a prompt from which the faster kernels run: a row's last bits depend on how many there are
 ROWS = 512  # rows of one call: more are cut into several, so that the core's room stays small
 
 
@@ -81,11 +82,12 @@ class NativeExecutor(ExpertExecutor):
         ids, weights = work.ids.contiguous(), work.weights.float().contiguous()
         hidden, out = work.hidden.contiguous(), work.out
         kernel = self._kernel_for(min(len(ids), ROWS), ids.shape[1])
+        many = work.phase is Phase.PREFILL and len(ids) >= MANY
         last = (len(ids) - 1) // ROWS * ROWS
         for start in range(0, last, ROWS):
             part = slice(start, start + ROWS)
-            kernel.run(experts, hidden[part], ids[part], weights[part], out[part])
-        kernel.submit(experts, hidden[last:], ids[last:], weights[last:], out[last:])
+            kernel.run(experts, hidden[part], ids[part], weights[part], out[part], many=many)
+        kernel.submit(experts, hidden[last:], ids[last:], weights[last:], out[last:], many=many)
 
     def _kernel_for(self, rows: int, top: int) -> ExpertsKernel:
         """The kernel, with room for so much; it grows and never shrinks."""

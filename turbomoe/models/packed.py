@@ -22,6 +22,7 @@ from turbomoe.native.reference import round_activations
 from turbomoe.native.repack import plane_bytes, unpack
 
 ROWS = 512  # rows of one native call: longer inputs are cut, so that the core's room stays small
+MANY = 32  # rows from which the kernels of prefill run: faster, but a row's last bits depend on how many there are
 _TYPES = {getattr(torch, name): number for name, number in TYPES.items()}
 
 
@@ -99,7 +100,7 @@ class PackedCall:
     def _run_rows(self, room: LinearRoom, x: torch.Tensor, out: torch.Tensor, start: int, count: int) -> None:
         call, size, at = self._call, x.element_size(), out.data_ptr()
         with room.lock:
-            call.work, call.tokens = room.work, count
+            call.work, call.tokens, call.many = room.work, count, count >= MANY
             call.x = x.data_ptr() + start * self._cols * size
             call.x_type = call.out_type = _TYPES[x.dtype]
             for place, rows in zip(self._places, self._rows, strict=True):
