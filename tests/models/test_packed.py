@@ -104,8 +104,11 @@ def test_a_packed_model_computes_the_files_weights_with_int8_activations(
     replace(packed.shell)
     assert not any(isinstance(module, PackedLinear) for module in packed.shell.modules())
     wanted = tiny.logits(packed.shell, ids)
-    # Another order of additions moves a value over a rounding edge now and then, which is one step of int8.
-    assert rms(found, wanted) < 5e-3
+    # Another order of additions moves a value over a rounding edge now and then, which is one step of int8: most tokens
+    # see none of that, and where it happens it stays below what int8 itself costs (1e-2 and more).
+    rows = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    assert rows.median() < 5e-5
+    assert rms(found, wanted) < 1e-2
     exact = tiny.logits(load(path, "float32").shell, ids)
     assert rms(found, exact) > 1e-3  # activations were rounded at all
 
