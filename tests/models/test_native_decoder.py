@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.tiny_models import tiny_model, tokens, write_gguf
+from tests.tiny_models import q8_0, tiny_model, tokens, write_gguf
 from turbomoe.config import EngineSettings, KVSettings
 from turbomoe.engine.runner import ModelRunner
 from turbomoe.experts.base import Phase
@@ -185,3 +185,13 @@ def test_stale_rows_are_not_read(models):
             stored.fill_(float("nan") if stored.dtype.is_floating_point else 255)
         for part in ids.split(1, 1):
             assert torch.equal(clean.forward(part), poisoned.forward(part))
+
+
+@pytest.mark.parametrize("dim", [40, 288])
+def test_heads_that_the_core_does_not_read_run_in_the_body(tmp_path, dim):
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": dim}
+    path = write_gguf(tiny_model("qwen3", **sizes), tmp_path / "model.gguf", pick=q8_0)
+    model = load_model(path, EngineSettings())
+    assert model.body is not None and model.body.decoder is None
+    runner = ModelRunner(model, KVSettings(), slots=1, ctx_size=8)
+    assert runner.forward([0], tokens(1), Phase.DECODE).isfinite().all()

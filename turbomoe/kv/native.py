@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from turbomoe.kv.codebooks import levels
@@ -15,21 +17,32 @@ NO_PAGES = 7  # a sliding window
 GROUP, LANES, DIM = 16, 16, 256  # most queries a key head, values that a vector comes in, most values of a head
 
 
+def readable(shape: AttentionShape) -> bool:
+    """Whether the C core reads heads of this shape."""
+    group = shape.query_heads // shape.kv_heads
+    return shape.head_dim % LANES == 0 and shape.head_dim <= DIM and group <= GROUP
+
+
+@cache
+def _signs(head_dim: int) -> torch.Tensor:
+    """The rotation's signs at an address that stays: descriptions hold it."""
+    return random_signs(head_dim).clone()
+
+
 def describe(shape: AttentionShape, keys: Side, values: Side) -> CKVLayer | None:
     """The layer's memory, which has to outlive the description; None if the C core does not read it.
 
     It does not read heads that are no multiple of 16 values or longer than 256, more than 16 queries a key head, codes
     without an exact window, and codecs that it does not know.
     """
-    group = shape.query_heads // shape.kv_heads
-    if shape.head_dim % LANES or shape.head_dim > DIM or group > GROUP:
+    if not readable(shape):
         return None
     if keys.recent == 0 and not (keys.is_exact and values.is_exact):
         return None
     sides = [_side(side) for side in (keys, values)]
     if None in sides:
         return None
-    signs = random_signs(shape.head_dim).data_ptr() if keys.rotated or values.rotated else None
+    signs = _signs(shape.head_dim).data_ptr() if keys.rotated or values.rotated else None
     return CKVLayer(shape.query_heads, shape.kv_heads, shape.head_dim, keys.sink, keys.recent, *sides, signs)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from turbomoe.kv.cache import KVCache
 from turbomoe.kv.layer import Step
-from turbomoe.kv.native import describe
+from turbomoe.kv.native import describe, readable
 from turbomoe.kv.shape import AttentionShape
 from turbomoe.models.packed import LinearRoom, PackedLinear, linear_room
 from turbomoe.native.library import CDecoderCall, CDecoderLayer, CLinear, CProjection, NativeError, check_status
@@ -35,6 +35,8 @@ def make_decoder(
     ``norms``: the weights of the queries' and keys' norms, float32 [query_heads + kv_heads, head_dim], by layer.
     ``rotary``: how many channels of a head turn.
     """
+    if not all(readable(shape) for shape in shapes):
+        return None
     layers = []
     for module, shape, norm in zip(modules, shapes, norms, strict=True):
         layer = _layer(module, shape, norm, eps, rotary)
