@@ -10,9 +10,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from turbomoe.cli.options import add_common, add_engine, add_model, engine_settings
-from turbomoe.cli.prompts import read_text
+from turbomoe.cli.prompts import read_text, text_ids
+from turbomoe.cli.tables import table_lines
 from turbomoe.config import KVSettings
-from turbomoe.errors import ModelError, RequestError, SettingsError
+from turbomoe.errors import RequestError, SettingsError
 from turbomoe.notices import Notice, board
 
 if TYPE_CHECKING:
@@ -89,11 +90,7 @@ def judged_settings(args: argparse.Namespace) -> list[KVSettings]:
 
 def tokens_of(model: LoadedModel, text: str, name: str, limit: int) -> list[int]:
     """The first ``limit`` tokens of ``text``, or all that it has; an error when those are not two."""
-    from turbomoe.upstream.prompts import encode_text
-
-    if model.tokenizer is None:
-        raise ModelError(f"{model.name} has no tokenizer and cannot read text")
-    ids = encode_text(model.tokenizer, text)[:limit]
+    ids = text_ids(model, text)[:limit]
     if len(ids) < 2:
         raise RequestError(f"{name} is too short to judge on", fix="Give at least two tokens of text")
     return ids
@@ -118,9 +115,8 @@ def render(verdicts: list[Divergence]) -> str:
          f"{100 * v.same_top:.2f}%"]
         for v in verdicts
     ]  # fmt: skip
-    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
-    lines = [heads, ["-" * width for width in widths], *rows]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+    rule = ["-" * max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    return "\n".join(table_lines([heads, rule, *rows]))
 
 
 def _kl(value: float) -> str:

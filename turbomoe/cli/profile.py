@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turbomoe.cli.options import add_common, add_engine, add_model
-from turbomoe.cli.prompts import read_text
+from turbomoe.cli.prompts import read_text, text_ids
+from turbomoe.cli.tables import table_lines
 from turbomoe.errors import SettingsError
 from turbomoe.notices import Notice, board
 
@@ -87,12 +88,7 @@ def check(args: argparse.Namespace) -> None:
 
 def tokens_of(model: LoadedModel, text: str, path: str, limit: int) -> list[int]:
     """The first ``limit`` tokens of a text, saying so where it has more."""
-    from turbomoe.errors import ModelError
-    from turbomoe.upstream.prompts import encode_text
-
-    if model.tokenizer is None:
-        raise ModelError(f"{model.name} has no tokenizer and cannot read text")
-    ids = encode_text(model.tokenizer, text)
+    ids = text_ids(model, text)
     if len(ids) > limit:
         why = "a profile needs some thousands of tokens, and decoding takes time"
         board.post(Notice(f"{limit} of {len(ids)} tokens of {path} are run", why, avoid="--tokens N", expected=True))
@@ -133,10 +129,8 @@ def render(figures: dict[str, Any]) -> str:
         rest = [f"{of['reuse_by_chance']:.3f}", f"{_mean(of['next_gate_recall']):.3f}"]
         tokens = [str(of["tokens"]["prefill"]), str(of["tokens"]["decode"])]
         rows.append([name, *tokens, f"{_mean(of['effective_experts']):.1f}", *covered, *again, *rest])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
     note = "5% to 50%: share of the routing on a layer's hottest experts. Reuse: routed some tokens ago as well."
-    return "\n".join([*lines, note])
+    return "\n".join([*table_lines(rows), note])
 
 
 def _mean(values: list[float]) -> float:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turbomoe.config import state_dir
-from turbomoe.errors import RequestError
+from turbomoe.errors import ModelError, RequestError
 from turbomoe.notices import Notice, board
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import History
     from prompt_toolkit.key_binding import KeyBindings
+
+    from turbomoe.models.base import LoadedModel
 
 STDIN = "standard input"
 
@@ -29,6 +31,15 @@ def read_text(path: str | None) -> str:
         fix = "Check the path" if path else ""
         raise RequestError(f"Cannot read {name}", why=error.strerror or str(error), fix=fix) from error
     return decode(data, name).removeprefix("\ufeff")
+
+
+def text_ids(model: LoadedModel, text: str) -> list[int]:
+    """Plain text as the model's tokens. Raises ``ModelError`` for a model without a tokenizer."""
+    from turbomoe.upstream.prompts import encode_text
+
+    if model.tokenizer is None:
+        raise ModelError(f"{model.name} has no tokenizer and cannot read text")
+    return encode_text(model.tokenizer, text)
 
 
 def decode(data: bytes, name: str, before: int = 0) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turbomoe.cli.options import add_common, add_moe_tuning
+from turbomoe.cli.tables import table_lines
 from turbomoe.config import ExpertSettings
 from turbomoe.errors import SettingsError
 
@@ -95,10 +96,8 @@ def render(outcomes: list[Outcome]) -> str:
     rows = [["policy", *(f"{count} slots" for count in slots)], ["---"] * (len(slots) + 1)]
     for policy in dict.fromkeys(outcome.policy for outcome in outcomes):
         rows.append([policy, *(_cell(outcome) for outcome in outcomes if outcome.policy == policy)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
     after = f", after the first {WARM_TOKENS} tokens" if outcomes[0].steady_hit_rate is not None else ""
-    return "\n".join([*lines, f"Hit rate / experts copied per layer and token in decode{after}."])
+    return "\n".join([*table_lines(rows), f"Hit rate / experts copied per layer and token in decode{after}."])
 
 
 def _cell(outcome: Outcome) -> str:

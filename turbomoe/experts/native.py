@@ -14,7 +14,7 @@ from turbomoe.errors import IntegrityError
 from turbomoe.experts.base import ExpertExecutor, ExpertLayout, ExpertWork, Phase
 from turbomoe.experts.reference import check_work
 from turbomoe.experts.store import ExpertStore
-from turbomoe.native.kernels import ExpertsKernel
+from turbomoe.native.kernels import MANY, ExpertsKernel
 from turbomoe.native.library import NativeError
 from turbomoe.native.packed import MATRICES, ExpertShape, PackedExperts, expert_shape
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from turbomoe.experts.slots import ExpertSlots
     from turbomoe.native.pool import WorkerPool
 
-MANY = 32  # rows of a prompt from which the faster kernels run: a row's last bits depend on how many there are
 ROWS = 512  # rows of one call: more are cut into several, so that the core's room stays small
 
 

@@ -14,15 +14,15 @@ import torch
 from torch import nn
 
 from turbomoe.native import reference
+from turbomoe.native.kernels import MANY
 from turbomoe.native.layout import packed_layout
-from turbomoe.native.library import LINEAR_MATRICES, TYPES, CLinear, CLinearCall, NativeError, check_status
+from turbomoe.native.library import LINEAR_MATRICES, TYPES, CLinearCall, NativeError, check_status
 from turbomoe.native.packed import PackedMatrix
 from turbomoe.native.pool import WorkerPool
 from turbomoe.native.reference import round_activations
 from turbomoe.native.repack import plane_bytes, unpack
 
 ROWS = 512  # rows of one native call: longer inputs are cut, so that the core's room stays small
-MANY = 32  # rows from which the kernels of prefill run: faster, but a row's last bits depend on how many there are
 _TYPES = {getattr(torch, name): number for name, number in TYPES.items()}
 
 
@@ -77,11 +77,8 @@ class PackedCall:
         with room.lock:
             room.reserve(self._cols)
         self._call = CLinearCall(count=len(self.matrices))
-        for i, m in enumerate(self.matrices):
-            bias = None if m.bias is None else m.bias.data_ptr()
-            self._call.matrices[i] = CLinear(
-                m.layout.format.index, m.layout.rows, m.layout.cols, m.blob.data_ptr(), bias, None, m.layout.rows
-            )
+        for i, matrix in enumerate(self.matrices):
+            self._call.matrices[i] = matrix.c_linear()
         self._places = [self._call.matrices[i] for i in range(len(self.matrices))]
         self._run, self._address = room.pool.core.linear_run, ctypes.addressof(self._call)
 

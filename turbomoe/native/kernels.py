@@ -18,7 +18,6 @@ from turbomoe.native.library import (
     TYPES,
     CExpertsCall,
     CExpertsRoom,
-    CLinear,
     CLinearCall,
     NativeError,
     check_status,
@@ -27,6 +26,9 @@ from turbomoe.native.library import (
 from turbomoe.native.packed import PackedExperts, PackedMatrix
 from turbomoe.native.pool import HOT_US, WorkerPool
 
+# Rows from which models ask for the kernels of prefill (``many``): faster, but a row's last bits depend on how many
+# rows there are.
+MANY = 32
 _TYPES = {getattr(torch, name): number for name, number in TYPES.items()}
 
 
@@ -171,14 +173,11 @@ class LinearKernel:
         call.count, call.tokens, call.many = len(matrices), len(x), many
         call.x, call.x_type = x.data_ptr(), _type_of(x, "x")
         for i, (matrix, out) in enumerate(zip(matrices, outs, strict=True)):
-            layout, bias = matrix.layout, matrix.bias
+            layout = matrix.layout
             _check_shape(x, (len(x), layout.cols), "x")
             _check_shape(out, (len(x), layout.rows), "out")
             call.out_type = _type_of(out, "out")
-            call.matrices[i] = CLinear(
-                layout.format.index, layout.rows, layout.cols, matrix.blob.data_ptr(),
-                None if bias is None else bias.data_ptr(), out.data_ptr(), layout.rows,
-            )  # fmt: skip
+            call.matrices[i] = matrix.c_linear(out.data_ptr())
 
 
 __all__ = ["ExpertsKernel", "LinearKernel", "PackedExperts", "PackedMatrix", "open_pool"]

@@ -11,7 +11,7 @@ import torch
 
 from turbomoe.errors import ModelError
 from turbomoe.native.layout import ALIGN, PackedLayout, packed_layout
-from turbomoe.native.library import GATES, CExperts
+from turbomoe.native.library import GATES, CExperts, CLinear
 from turbomoe.native.repack import check_bytes, not_finite, pack
 
 if TYPE_CHECKING:
@@ -66,6 +66,11 @@ class PackedMatrix:
         blob = aligned_bytes(layout.nbytes)
         pack_into(blob, raw, format, rows, cols, pool)
         return cls(layout, blob, None if bias is None else bias.float().contiguous())
+
+    def c_linear(self, out: int | None = None) -> CLinear:
+        """The C core's view, results to address ``out`` (None: set later). This object must outlive it."""
+        layout, bias = self.layout, None if self.bias is None else self.bias.data_ptr()
+        return CLinear(layout.format.index, layout.rows, layout.cols, self.blob.data_ptr(), bias, out, layout.rows)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from turbomoe.kv.layer import Step
 from turbomoe.kv.native import describe, readable
 from turbomoe.kv.shape import AttentionShape
 from turbomoe.models.packed import LinearRoom, PackedLinear, linear_room
-from turbomoe.native.library import CDecoderCall, CDecoderLayer, CLinear, CProjection, NativeError, check_status
+from turbomoe.native.library import CDecoderCall, CDecoderLayer, CProjection, NativeError, check_status
 from turbomoe.native.pool import WorkerPool
 
 Angles = tuple[torch.Tensor, torch.Tensor]
@@ -43,11 +43,10 @@ def make_decoder(
         if layer is None:
             return None
         layers.append(layer)
-    pools = {m.pool for module in modules for m in _matrices(module.self_attn, "o_proj") or ()}
+    pools = {module.self_attn.o_proj.pool for module in modules}
     if len(pools) != 1 or (pool := pools.pop()) is None:
         return None
-    held = [(module.input_layernorm.weight, module.post_attention_layernorm.weight) for module in modules]
-    return NativeDecoder(layers, list(shapes), pool, [held, norms, modules])
+    return NativeDecoder(layers, shapes, pool, (modules, norms))
 
 
 class NativeDecoder:
@@ -66,7 +65,8 @@ class NativeDecoder:
         if not self._work:
             raise NativeError("No room for decoding in the C core", why=f"layers of {self._hidden} values")
         weakref.finalize(self, _free, pool, self._work)
-        widest = max(m.cols for layer in layers for p in _projections(layer) for m in p.matrices[: p.count])
+        projections = [p for layer in layers for p in (layer.qkv, layer.out, layer.up, layer.down)]
+        widest = max(matrix.cols for p in projections for matrix in p.matrices[: p.count])
         with self._room.lock:
             self._room.reserve(widest)
         self._programs: weakref.WeakKeyDictionary[KVCache, Layers | None] = weakref.WeakKeyDictionary()
@@ -124,25 +124,13 @@ def _layer(
                          head_norm=addresses[2], eps=eps, scale=scale, rotary=rotary)  # fmt: skip
 
 
-def _matrices(module: Any, *names: str) -> list[PackedLinear] | None:
-    linears = [getattr(module, name, None) for name in names]
-    packed = [x for x in linears if isinstance(x, PackedLinear) and x.columns is None]
-    return packed if len(packed) == len(linears) else None
-
-
 def _projection(module: nn.Module, *names: str) -> CProjection | None:
     """Projections of one input; None unless all of them are packed, and take their input as it is."""
-    linears = _matrices(module, *names)
-    if linears is None:
+    linears = [getattr(module, name, None) for name in names]
+    packed = [x for x in linears if isinstance(x, PackedLinear) and x.columns is None]
+    if len(packed) < len(linears):
         return None
-    found = CProjection(len(linears), sum(linear.out_features for linear in linears))
-    for i, linear in enumerate(linears):
-        m = linear.matrix
-        bias = None if m.bias is None else m.bias.data_ptr()
-        found.matrices[i] = CLinear(m.layout.format.index, m.layout.rows, m.layout.cols, m.blob.data_ptr(), bias, None,
-                                    m.layout.rows)  # fmt: skip
+    found = CProjection(len(packed), sum(linear.out_features for linear in packed))
+    for i, linear in enumerate(packed):
+        found.matrices[i] = linear.matrix.c_linear()
     return found
-
-
-def _projections(layer: CDecoderLayer) -> list[CProjection]:
-    return [layer.qkv, layer.out, layer.up, layer.down]
