@@ -12,7 +12,9 @@ from pathlib import Path
 from turbomoe.errors import SettingsError
 
 MOE_POLICIES = ("adaptive", "frozen", "lru")
-KV_TYPE_ALIASES = {"turbo2": "tq2", "turbo3": "tq3", "turbo4": "tq4"}
+KV_TYPE_ALIASES = {
+    "turbo2": "tq2", "turbo3": "tq3", "turbo4": "tq4", "turbo2_tcq": "tcq2", "turbo3_tcq": "tcq3",
+}  # fmt: skip
 
 
 def state_dir() -> Path:

@@ -16,7 +16,7 @@ from turbomoe.kv.shape import AttentionShape, RecurrentShape
 
 HEADS, KV_HEADS, DIM = 6, 2, 64
 SCALE = DIM**-0.5
-TYPES = ["f32", "bf16", "q8_0", "tq4", "tq3", "tq2"]
+TYPES = ["f32", "bf16", "q8_0", "tq4", "tq3", "tq2", "tcq4", "tcq3", "tcq2.5", "tcq2"]
 
 
 def shape(window: int = 0) -> AttentionShape:
@@ -231,7 +231,8 @@ def test_means_that_lack_a_layer_are_refused():
         KVCache([shape()], KVSettings("tq3", "tq3"), slots=1, ctx_size=64, means=KVMeans({}, {}, "test"))
 
 
-@pytest.mark.parametrize("type_name,codes", [("tq2", 64 // 4), ("tq3", 64 * 3 // 8), ("tq4", 64 // 2)])
+@pytest.mark.parametrize("type_name,codes", [("tq2", 64 // 4), ("tq3", 64 * 3 // 8), ("tq4", 64 // 2),
+                                             ("tcq2.5", 64 * 5 // 16), ("tcq3", 64 * 3 // 8)])  # fmt: skip
 def test_bytes_are_what_the_arithmetic_says(type_name, codes):
     ctx, sink, recent, slots = 4096, 64, 256, 2
     cache = KVCache([shape()], KVSettings(type_name, type_name, sink, recent), slots=slots, ctx_size=ctx)

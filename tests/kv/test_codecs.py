@@ -22,10 +22,13 @@ from turbomoe.errors import SettingsError
 from turbomoe.kv.codebooks import levels, thresholds
 from turbomoe.kv.codecs import CODECS, make_codec
 from turbomoe.kv.codecs.lloydmax import nearest_level
+from turbomoe.kv.trellis_codebook import GAUSSIAN_NMSE
 
 SIZES = [64, 128, 256]
 SHAPES = [(), (1,), (5,), (2, 3, 7), (0,), (2, 0, 3)]
 TQ = {"tq2": 2, "tq3": 3, "tq4": 4}
+TCQ = {"tcq2": 2, "tcq2.5": 2.5, "tcq3": 3, "tcq4": 4}
+ROTATED = [*TQ, *TCQ]
 
 
 def sphere_nmse(bits: int, dim: int) -> float:
@@ -58,6 +61,8 @@ ERROR = {
     "q8_0": lambda dim: (2e-5, 4e-5),  # steps of amax/127, amax about 2.1 sigma: (2.1/127)^2 / 12 on average
     **{name: lambda dim, bits=bits: (0.985 * sphere_nmse(bits, dim), 1.015 * sphere_nmse(bits, dim))
        for name, bits in TQ.items()},
+    **{name: lambda dim, name=name: (0.985 * GAUSSIAN_NMSE[name][dim], 1.015 * GAUSSIAN_NMSE[name][dim])
+       for name in TCQ},
 }  # fmt: skip
 MATRIX = list(itertools.product(ERROR, SIZES))
 
@@ -105,6 +110,8 @@ def test_bytes_are_counted_whole(name: str, dim: int) -> None:
         ("f32", 64, 32), ("f16", 64, 16), ("bf16", 128, 16), ("q8_0", 64, 8.5), ("q8_0", 96, 8.5),
         ("tq2", 64, 2.25), ("tq2", 128, 2.125), ("tq2", 256, 2.0625), ("tq3", 64, 3.25), ("tq3", 128, 3.125),
         ("tq3", 256, 3.0625), ("tq4", 64, 4.25), ("tq4", 128, 4.125), ("tq4", 256, 4.0625),
+        ("tcq2", 64, 2.25), ("tcq2", 256, 2.0625), ("tcq2.5", 64, 2.75), ("tcq2.5", 128, 2.625),
+        ("tcq2.5", 256, 2.5625), ("tcq3", 64, 3.25), ("tcq3", 128, 3.125), ("tcq4", 64, 4.25), ("tcq4", 128, 4.125),
     ],
 )  # fmt: skip
 def test_bits_per_value(name: str, dim: int, bits: float) -> None:
@@ -163,6 +170,10 @@ GOLDEN = {
     "tq2": "e492399379e44ee59339934ee44e2993603c",
     "tq3": "9d256276a789d99e26637a948dd95226d269964bb45a2dd2ca3c",
     "tq4": "a34bc56cd78239a45bc67d28934ab56cd78239a34bc56cd78239a45bc67d2893a63c",
+    "tcq2": "bb236def0403720f9d300f3526aad875e13c",
+    "tcq2.5": "420f17f46254f87216bed30305abcfc3e345ce99c53c",
+    "tcq3": "7e6043b48f0b5001030df6e094ac832cb8c80ab19ba7e297b03c",
+    "tcq4": "d8551dab5e2962cd7c8872c4050783b6f7244f4d8a0cff66abd781a223d6ccdba73c",
 }
 
 
@@ -203,7 +214,7 @@ def test_codes_scales_and_layout_by_the_book(name: str, dim: int) -> None:
         assert torch.equal(codec.decode((codes, scales)), chosen.float() * scales.float())
 
 
-@pytest.mark.parametrize(("name", "dim"), list(itertools.product(TQ, SIZES)))
+@pytest.mark.parametrize(("name", "dim"), list(itertools.product(ROTATED, SIZES)))
 def test_the_decoded_vector_has_the_norm_of_the_original(name: str, dim: int) -> None:
     codec = make_codec(name, dim)
     x = torch.randn(200, dim) * torch.logspace(-3, 4, 200)[:, None]
@@ -217,7 +228,7 @@ def test_a_mirrored_vector_decodes_to_the_mirror_image(name: str) -> None:
     assert torch.equal(codec.decode(codec.encode(-x)), -codec.decode(codec.encode(x)))
 
 
-@pytest.mark.parametrize("name", TQ)
+@pytest.mark.parametrize("name", ROTATED)
 @settings(max_examples=60)
 @given(exponent=st.integers(-110, 110), seed=st.integers(0, 1000))
 def test_codes_do_not_depend_on_the_size_of_a_vector(name: str, exponent: int, seed: int) -> None:
@@ -270,7 +281,7 @@ def assert_faithful(name: str, x: torch.Tensor) -> None:
     assert bool(torch.isfinite(decoded).all())
     assert not decoded[(x == 0).all(-1)].any()
     norm, peak = x.double().norm(dim=-1), x.abs().amax(-1).double()
-    if name in TQ:
+    if name in ROTATED:
         # Scales below 6e-5 are multiples of 6e-8, so they are off by at most half of that.
         within = (decoded.norm(dim=-1) - norm).abs() <= norm * (2**-11 + 1e-5) + 8 * 3e-8 * 1.6
         assert bool(within[norm < 4e5].all())
@@ -279,19 +290,19 @@ def assert_faithful(name: str, x: torch.Tensor) -> None:
         assert bool((error <= peak * (0.5 / 127 + 2**-11) * 1.001 + 127 * 3e-8)[peak < 8e6].all())
 
 
-@pytest.mark.parametrize("name", ["q8_0", *TQ])
+@pytest.mark.parametrize("name", ["q8_0", *ROTATED])
 def test_finite_vectors_stay_finite_and_keep_their_norm(name: str) -> None:
     assert_faithful(name, finite_vectors(9000))
 
 
-@pytest.mark.parametrize("name", ["q8_0", *TQ])
+@pytest.mark.parametrize("name", ["q8_0", *ROTATED])
 @settings(max_examples=40)
 @given(values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=8))
 def test_no_short_pattern_breaks_a_codec(name: str, values: list[float]) -> None:
     assert_faithful(name, torch.tensor([values * 64])[:, :64])
 
 
-@pytest.mark.parametrize("name", ["q8_0", *TQ])
+@pytest.mark.parametrize("name", ["q8_0", *ROTATED])
 def test_what_is_not_finite_decodes_to_nan_and_nothing_else_does(name: str) -> None:
     """Every third vector is hit in up to three places; the others keep their bits."""
     codec, block = make_codec(name, 64), 32 if name == "q8_0" else 64
@@ -326,12 +337,13 @@ def test_a_magnitude_on_a_border_takes_the_larger_level(bits: int) -> None:
     assert nearest_level(torch.tensor([0.0, math.nan, math.inf]), bits).tolist() == [0, 0, len(borders)]
 
 
-@pytest.mark.parametrize("name", ["q8_0", *TQ])
+@pytest.mark.parametrize("name", ["q8_0", *ROTATED])
 def test_scales_saturate_and_vanish(name: str) -> None:
     codec = make_codec(name, 64)
     huge, tiny = codec.encode(torch.full((64,), 3e38)), codec.encode(torch.full((64,), 1e-9))
     assert set(huge[1].tolist()) == {65504.0}
-    assert bool((codec.decode(huge) >= 4e4).all())  # the level nearest to 1 times the largest scale
+    # The level nearest to 1, or on a path several of that mean, times the largest scale.
+    assert float(codec.decode(huge).mean()) >= 4e4
     assert not codec.decode(tiny).any()
 
 
@@ -359,7 +371,7 @@ def test_aliases_mean_the_codec_they_name(alias: str) -> None:
 @pytest.mark.parametrize("name", CODECS)
 def test_names_agree(name: str) -> None:
     codec = make_codec(name, 64)
-    assert codec.name == name and codec.rotated == (name in TQ)
+    assert codec.name == name and codec.rotated == (name in ROTATED)
 
 
 @pytest.mark.parametrize("name", ["", "tq5", "TQ3", "q4_0", "turbo", "../tq3", "tq3 ", "🦊"])
@@ -370,7 +382,8 @@ def test_an_unknown_name_is_told_all_names(name: str) -> None:
     assert all(known in str(caught.value) for known in [*CODECS, *KV_TYPE_ALIASES])
 
 
-@pytest.mark.parametrize(("name", "dim"), [*itertools.product(TQ, [0, 4, 80, 96, 112, -64]), ("q8_0", 80), ("q8_0", 0)])
+@pytest.mark.parametrize(("name", "dim"), [*itertools.product(TQ, [0, 4, 80, 96, 112, -64]), ("q8_0", 80), ("q8_0", 0),
+                                             *itertools.product(TCQ, [0, 8, 16, 80, 96, 1024, -64])])  # fmt: skip
 def test_a_head_size_that_does_not_fit_is_refused(name: str, dim: int) -> None:
     with pytest.raises(SettingsError, match=f"{name} cannot store heads of {dim} values"):
         make_codec(name, dim)

@@ -8,7 +8,7 @@ from turbomoe.config import MOE_POLICIES, EngineSettings, ExpertSettings, KVSett
 from turbomoe.notices import Notice, board
 from turbomoe.units import parse_size
 
-KV_TYPES = "bf16 (exact), q8_0, tq4, tq3 or tq2"
+KV_TYPES = "bf16 (exact), q8_0, tq4, tq3, tq2, or by trellis tcq4, tcq3, tcq2.5, tcq2"
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

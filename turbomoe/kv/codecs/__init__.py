@@ -28,6 +28,12 @@ def _lloyd_max(bits: int, head_dim: int) -> Codec:
     return LloydMaxCodec(bits, head_dim)
 
 
+def _trellis(name: str, head_dim: int) -> Codec:
+    from turbomoe.kv.codecs.trellis import TrellisCodec
+
+    return TrellisCodec(name, head_dim)
+
+
 CODECS: dict[str, Callable[[int], Codec]] = {
     "f32": partial(PlainCodec, "f32", torch.float32),
     "f16": partial(PlainCodec, "f16", torch.float16),
@@ -36,6 +42,7 @@ CODECS: dict[str, Callable[[int], Codec]] = {
     "tq4": partial(_lloyd_max, 4),
     "tq3": partial(_lloyd_max, 3),
     "tq2": partial(_lloyd_max, 2),
+    **{name: partial(_trellis, name) for name in ("tcq4", "tcq3", "tcq2.5", "tcq2")},
 }
 
 

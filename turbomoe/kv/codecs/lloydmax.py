@@ -6,7 +6,6 @@ decoded vector has the norm of the original. The input is already centred and ro
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from turbomoe.kv.base import Codec, Plane
 from turbomoe.kv.codebooks import POSITIVE_LEVELS, levels, thresholds
 from turbomoe.kv.codecs.packing import pack
-from turbomoe.kv.codecs.scales import to_scale, tree_sum
+from turbomoe.kv.codecs.scales import matched_scale, spread_out
 from turbomoe.kv.hadamard import require_power_of_two
 
 
@@ -43,20 +42,14 @@ class LloydMaxCodec(Codec):
         )
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x = x.float()
-        # Against its largest magnitude a vector's squares neither overflow nor vanish; NaN and infinity become NaN.
-        peak = x.abs().amax(-1, keepdim=True)
-        unit = x / torch.where(peak > 0, peak, 1.0)
-        norm = tree_sum(unit * unit).sqrt()
-        # NaN here for vectors of zeros and those that were not finite: compared with borders, it takes the first level.
-        spread = unit * (math.sqrt(self.head_dim) / norm)
+        spread, peak, norm = spread_out(x.float())
+        # Compared with borders, NaN takes the first level.
         step = nearest_level(spread.abs(), self.bits)
         chosen = look_up(_positive_levels(self.bits, str(x.device)), step.int())
-        scale = peak * (norm / tree_sum(chosen * chosen).sqrt())
         # Codes count from the most negative level up: steps away from zero run backwards on the negative side.
         positive, flip = 1 << self.bits - 1, (1 << self.bits) - 1
         index = (step ^ positive) ^ (spread < 0).to(torch.uint8).mul_(flip)
-        return self._pack(index), to_scale(scale)
+        return self._pack(index), matched_scale(chosen, peak, norm)
 
     def decode(self, planes: tuple[torch.Tensor, ...]) -> torch.Tensor:
         codes, scales = planes

@@ -1,6 +1,8 @@
-"""What the codecs share about scales: a sum that does not depend on the batch, and safe fp16."""
+"""What the codecs share about scales: sums that do not depend on the batch, matched norms, and safe fp16."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -21,3 +23,20 @@ def tree_sum(x: torch.Tensor) -> torch.Tensor:
 def to_scale(scale: torch.Tensor) -> torch.Tensor:
     """Non-negative float32 scales as float16: saturated at 65504, so that finite stays finite; NaN stays NaN."""
     return scale.clamp(max=LARGEST_SCALE).half()
+
+
+def spread_out(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Float32 [..., n] as coordinates of unit variance; its largest magnitude; its norm over that (both [..., 1]).
+
+    NaN throughout for vectors of zeros and those that are not finite.
+    """
+    # Against its largest magnitude a vector's squares neither overflow nor vanish; NaN and infinity become NaN.
+    peak = x.abs().amax(-1, keepdim=True)
+    unit = x / torch.where(peak > 0, peak, 1.0)
+    norm = tree_sum(unit * unit).sqrt()
+    return unit * (math.sqrt(x.shape[-1]) / norm), peak, norm
+
+
+def matched_scale(chosen: torch.Tensor, peak: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """The fp16 scale that gives ``chosen`` [..., n] the norm of the vector that ``spread_out`` took apart."""
+    return to_scale(peak * (norm / tree_sum(chosen * chosen).sqrt()))

@@ -1,0 +1,72 @@
+"""tcq2, tcq2.5, tcq3, tcq4: trellis-coded vectors, a path of overlapping windows for each, and one matched-norm scale.
+
+At equal bits a third (2 bits) to almost a half (4 bits) below the error of one Lloyd-Max level a coordinate. The input
+is already centred and rotated, as for tq2, tq3 and tq4, and the scale is theirs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from turbomoe.errors import SettingsError
+from turbomoe.kv.base import Codec, Plane
+from turbomoe.kv.codecs.lloydmax import look_up
+from turbomoe.kv.codecs.scales import matched_scale, spread_out
+from turbomoe.kv.codecs.windows import pack_steps, pair_table, pair_windows
+from turbomoe.kv.trellis_codebook import TRELLISES, codebook
+from turbomoe.kv.trellis_search import search
+
+SMALLEST, LARGEST = 32, 512  # values of a head
+
+
+class TrellisCodec(Codec):
+    """Exactly ``step_bits / values`` bits a coordinate in one circular stream, and an fp16 scale a vector.
+
+    Bit b of a vector is bit b % 8 of byte b // 8; the window of step i is bits [step_bits * i, step_bits * i +
+    window_bits), modulo the length. A vector with a NaN or an infinity has the codes of a zero vector and decodes to
+    NaN throughout, a zero vector to zeros. Scales saturate and vanish as those of tq2, tq3 and tq4 do.
+    """
+
+    rotated = True
+
+    def __init__(self, name: str, head_dim: int) -> None:
+        super().__init__(head_dim)
+        self.name, self.trellis = name, TRELLISES[name]
+        if not SMALLEST <= head_dim <= LARGEST or head_dim & (head_dim - 1):
+            raise SettingsError(
+                f"{name} cannot store heads of {head_dim} values",
+                why=f"the Hadamard rotation and the trellis need a power of two from {SMALLEST} to {LARGEST}",
+                fix="choose q8_0 (heads of a multiple of 32) or bf16 for this model",
+            )
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:
+        bits = self.head_dim // self.trellis.values * self.trellis.step_bits
+        return Plane("codes", torch.uint8, bits // 8), Plane("scales", torch.float16, 1)
+
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        spread, peak, norm = spread_out(x.float())
+        # NaN stands for vectors of zeros and those that were not finite.
+        windows = search(spread.nan_to_num(nan=0.0).reshape(-1, self.head_dim), self.trellis)
+        chosen = self._values(windows).view(x.shape)
+        codes = pack_steps(windows & (1 << self.trellis.step_bits) - 1, self.trellis.step_bits)
+        return codes.view(*x.shape[:-1], codes.shape[-1]), matched_scale(chosen, peak, norm)
+
+    def decode(self, planes: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        codes, scales = planes
+        return self._decoded(codes).mul_(scales.float())
+
+    def read(self, planes: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        codes, scales = planes
+        return self._decoded(codes), scales.float()
+
+    def _values(self, windows: torch.Tensor) -> torch.Tensor:
+        """Windows int64 [n, steps] to values float32 [n, head_dim]."""
+        table = codebook(self.trellis, str(windows.device))
+        return table.t()[windows].flatten(1)
+
+    def _decoded(self, codes: torch.Tensor) -> torch.Tensor:
+        """Values float32 [..., head_dim] of codes uint8 [..., bytes]."""
+        index = pair_windows(self.trellis).read(codes)
+        pairs = look_up(pair_table(self.trellis, str(codes.device)), index)
+        return torch.view_as_real(pairs).reshape(*codes.shape[:-1], self.head_dim)

@@ -1,0 +1,75 @@
+"""The circular bit stream of a trellis code: steps packed into bytes, and its windows read two values at a time.
+
+Step i adds bits [step_bits * i, step_bits * (i + 1)), the lowest of its window: packing need not know of windows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from turbomoe.kv.trellis_codebook import Trellis, codebook
+
+
+def pack_steps(symbols: torch.Tensor, bits: int) -> torch.Tensor:
+    """Symbols [..., steps] below ``2**bits`` into uint8 [..., steps * bits / 8], the lowest bits first."""
+    each = symbols.unsqueeze(-1) >> torch.arange(bits, device=symbols.device) & 1
+    octets = each.flatten(-2).unflatten(-1, (-1, 8))
+    packed: torch.Tensor = (octets << torch.arange(8, device=symbols.device)).sum(-1).to(torch.uint8)
+    return packed
+
+
+@dataclass(frozen=True)
+class PairWindows:
+    """Windows of ``bits`` bits that lie ``stride`` bits apart, each enough for two neighbouring values.
+
+    ``group`` of them start in ``group * stride / 8`` whole bytes, and are shifted out of one word.
+    """
+
+    bits: int
+    stride: int
+
+    @property
+    def group(self) -> int:
+        """As many as whole bytes and an int32 allow; where that is none, eight, of an int64."""
+        fitting = (n for n in (8, 4, 2, 1) if n * self.stride % 8 == 0 and (n - 1) * self.stride + self.bits <= 32)
+        return next(fitting, 8)
+
+    def read(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes uint8 [..., bytes] to windows [..., words, group], int32 or int64, in order of the values."""
+        span = (self.group - 1) * self.stride + self.bits
+        word = torch.int32 if span <= 32 else torch.int64
+        columns = codes.unflatten(-1, (-1, self.group * self.stride // 8)).unbind(-1)
+        columns += tuple(column.roll(-1, -1) for column in columns)
+        words = columns[0].to(word)
+        for place, column in enumerate(columns[1 : -(-span // 8)], start=1):
+            words |= column.to(word) << 8 * place
+        windows: torch.Tensor = words.unsqueeze(-1) >> _multiples(self.stride, self.group, str(codes.device), word)
+        return windows.bitwise_and_((1 << self.bits) - 1)
+
+
+@lru_cache(maxsize=32)
+def _multiples(stride: int, count: int, device: str, dtype: torch.dtype) -> torch.Tensor:
+    return torch.arange(count, device=device, dtype=dtype) * stride
+
+
+@lru_cache(maxsize=32)
+def pair_windows(trellis: Trellis) -> PairWindows:
+    """One step where it yields two values, else two."""
+    steps = 2 // trellis.values
+    return PairWindows(trellis.window_bits + (steps - 1) * trellis.step_bits, steps * trellis.step_bits)
+
+
+@lru_cache(maxsize=32)
+def pair_table(trellis: Trellis, device: str) -> torch.Tensor:
+    """Both values of every pair window, disguised as one complex number: a look-up then copies 8 bytes."""
+    table = codebook(trellis)
+    window = torch.arange(1 << pair_windows(trellis).bits)
+    if trellis.values == 1:
+        table = table.expand(2, -1)
+        both = (table[0][window & trellis.states - 1], table[1][window >> trellis.step_bits])
+    else:
+        both = (table[0], table[1])
+    return torch.view_as_complex(torch.stack(both, -1).contiguous()).to(device)
