@@ -78,6 +78,12 @@ def codebook(trellis: Trellis, device: str = "cpu") -> torch.Tensor:
     return torch.from_numpy(np.stack(rows).astype(np.float32)).to(device)
 
 
+@lru_cache(maxsize=32)
+def by_dropped_bits(trellis: Trellis) -> torch.Tensor:
+    """The codebook in the order of the compiled search: float32 [values, dropped bits, groups]."""
+    return codebook(trellis).view(trellis.values, trellis.groups, -1).transpose(1, 2).contiguous()
+
+
 def _hash(window_bits: int, multiplier: int) -> Halves:
     """u of every window: half [states], in [-1, 1]. No step rounds but t, on purpose, to an integer.
 

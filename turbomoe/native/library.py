@@ -13,7 +13,7 @@ from turbomoe.errors import TurbomoeError
 from turbomoe.native.build import LIBRARY_NAME, SOURCE_DIR, build_id, is_current
 from turbomoe.notices import Notice, board
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 LEVELS = ("avx512", "avx2", "portable")
 TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}  # of activations and results, by torch's names
 GATES = {"silu": 0, "gelu_tanh": 1, "swiglu_clipped": 2}
@@ -97,6 +97,15 @@ class CErrand(c.Structure):
     _fields_ = [("run", c.c_void_p), ("call", c.c_void_p), ("status", c.c_void_p)]
 
 
+class CTrellis(c.Structure):
+    """``tm_trellis`` of trellis.h."""
+
+    _fields_ = [
+        *[(n, c.c_int) for n in ("kind", "dim")],
+        *[(n, c.c_void_p) for n in ("x", "codebook", "by_dropped", "codes", "scales")],
+    ]
+
+
 class CKVSide(c.Structure):
     """``tm_kv_side`` of attend.h."""
 
@@ -147,7 +156,18 @@ class CDecoderCall(c.Structure):
     ]
 
 
-_STRUCTS = (CExperts, CExpertsRoom, CExpertsCall, CLinear, CLinearCall, CBell, CErrand, CDecoderLayer, CDecoderCall)
+_STRUCTS = (
+    CExperts,
+    CExpertsRoom,
+    CExpertsCall,
+    CLinear,
+    CLinearCall,
+    CBell,
+    CErrand,
+    CDecoderLayer,
+    CDecoderCall,
+    CTrellis,
+)
 
 # name -> (result, arguments, keeps the GIL). Short calls keep it: giving it up can cost a whole switch interval.
 _FUNCTIONS: dict[str, tuple[object, list[object], bool]] = {
@@ -176,6 +196,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object], bool]] = {
     "tm_decoder_work_new": (c.c_void_p, [c.c_void_p, c.c_int, c.c_int, c.c_int, c.c_int], False),
     "tm_decoder_work_free": (None, [c.c_void_p], False),
     "tm_decoder_run": (None, [c.c_void_p], False),
+    "tm_trellis_encode": (c.c_int, [c.c_void_p, c.POINTER(CTrellis), c.c_long], False),
     "tm_bell_start": (c.c_void_p, [c.c_void_p, c.POINTER(CErrand), c.c_uint32, c.c_long], False),
     "tm_bell_stop": (None, [c.c_void_p], False),
 }
@@ -280,7 +301,7 @@ def load_core() -> Core | None:
         return _opened[0]
     board.post(
         Notice(
-            "experts and packed weights on the CPU run in plain PyTorch",
+            "experts, packed weights and trellis codes on the CPU run in plain PyTorch",
             absence(),
             cost="tens of times slower than the compiled core",
             avoid="python -m turbomoe.native.build (needs a C compiler)",

@@ -9,6 +9,11 @@ from turbomoe.notices import Notice, board
 _opened: list[WorkerPool] = []  # at most one
 
 
+def opened_pool() -> WorkerPool | None:
+    """The process's pool, where one is open already."""
+    return _opened[0] if _opened else None
+
+
 def shared_pool(threads: int = 0) -> WorkerPool | None:
     """The process's pool, opened at the first call with ``threads`` (0: as many as make sense here).
 

@@ -13,8 +13,10 @@ from turbomoe.kv.base import Codec, Plane
 from turbomoe.kv.codecs.lloydmax import look_up
 from turbomoe.kv.codecs.scales import matched_scale, spread_out
 from turbomoe.kv.codecs.windows import pack_steps, pair_table, pair_windows
-from turbomoe.kv.trellis_codebook import TRELLISES, codebook
+from turbomoe.kv.trellis_codebook import TRELLISES, by_dropped_bits, codebook
 from turbomoe.kv.trellis_search import search
+from turbomoe.native.library import Core, load_core
+from turbomoe.native.trellis import encode
 
 SMALLEST, LARGEST = 32, 512  # values of a head
 
@@ -45,6 +47,16 @@ class TrellisCodec(Codec):
         return Plane("codes", torch.uint8, bits // 8), Plane("scales", torch.float16, 1)
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        core = load_core() if x.device.type == "cpu" else None
+        return self.encode_plainly(x) if core is None else self.encode_natively(core, x)
+
+    def encode_natively(self, core: Core, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """``encode`` in the C core, on the CPU."""
+        tables = codebook(self.trellis), by_dropped_bits(self.trellis)
+        return encode(core, self.name, x.float(), *tables, self.planes[0].width)
+
+    def encode_plainly(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """``encode`` in PyTorch, on any device: the reference."""
         spread, peak, norm = spread_out(x.float())
         # NaN stands for vectors of zeros and those that were not finite.
         windows = search(spread.nan_to_num(nan=0.0).reshape(-1, self.head_dim), self.trellis)

@@ -8,6 +8,7 @@
 #include "experts.h"
 #include "level.h"
 #include "linear.h"
+#include "trellis.h"
 
 int tm_abi_version(void) { return TM_ABI_VERSION; }
 
@@ -15,7 +16,7 @@ size_t tm_abi_size(int which)
 {
     static const size_t sizes[] = {sizeof(tm_experts), sizeof(tm_experts_room), sizeof(tm_experts_call),
                                    sizeof(tm_linear), sizeof(tm_linear_call), sizeof(tm_bell), sizeof(tm_errand),
-                                   sizeof(tm_decoder_layer), sizeof(tm_decoder_call)};
+                                   sizeof(tm_decoder_layer), sizeof(tm_decoder_call), sizeof(tm_trellis)};
     return which >= 0 && (size_t)which < sizeof sizes / sizeof *sizes ? sizes[which] : 0;
 }
 

@@ -5,6 +5,7 @@
 #include "activation.h"
 #include "attend.h"
 #include "formats.h"
+#include "trellis.h"
 
 #define INLINE static inline __attribute__((always_inline))
 #if defined UNROLL /* given: test builds that must compile fast */
@@ -36,6 +37,8 @@ typedef struct {
     void (*norm)(const float *x, const float *weight, float *out, long n, float eps);
     /* Keys [begin, end) that a token sees of `head` into the softmaxes of that head's queries. */
     void (*attend)(const tm_attend *a, long head, long begin, long end, tm_softmax *states);
+    /* Encode vectors [begin, end). */
+    void (*trellis)(const tm_trellis *job, long begin, long end);
     /* Between floats and a TM_TYPE. */
     void (*widen)(int type, const void *from, float *to, long n);
     void (*narrow)(int type, const float *from, void *to, long n);

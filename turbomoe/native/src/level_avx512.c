@@ -13,6 +13,7 @@
 #include "rounding_x86.h"
 #include "kernels_vector.h"
 #include "kernels_decode.h"
+#include "kernels_trellis.h"
 
 const tm_level tm_level_avx512 = {
     .name = "avx512",
@@ -24,6 +25,7 @@ const tm_level tm_level_avx512 = {
     .gate = gate,
     .norm = norm,
     .attend = attend,
+    .trellis = encode_trellis,
     .widen = widen_floats,
     .narrow = narrow_floats,
     .read = read_memory,

@@ -13,6 +13,8 @@ INLINE vf vf_load(const float *p) { return _mm256_loadu_ps(p); }
 INLINE void vf_store(float *p, vf a) { _mm256_storeu_ps(p, a); }
 INLINE vf vf_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 INLINE vf vf_add(vf a, vf b) { return _mm256_add_ps(a, b); }
+INLINE vf vf_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+INLINE vf vf_min(vf a, vf b) { return _mm256_min_ps(a, b); }
 INLINE vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE vf vf_fnma(vf a, vf b, vf c) { return _mm256_fnmadd_ps(a, b, c); }
 INLINE vf vf_set(float x) { return _mm256_set1_ps(x); }
@@ -36,6 +38,15 @@ INLINE vf vf_e8m0(const uint8_t *p)
 {
     __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 23));
+}
+
+INLINE vf vf_quad(const float *p) { return _mm256_broadcast_ps((const __m128 *)(const void *)p); }
+INLINE vf fours(vf a) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(a), 0xd8)); }
+/* The lanes of both with even numbers, and with odd ones. */
+INLINE void vf_unzip(vf a, vf b, vf *even, vf *odd)
+{
+    *even = fours(_mm256_shuffle_ps(a, b, 0x88));
+    *odd = fours(_mm256_shuffle_ps(a, b, 0xdd));
 }
 
 /* table[index[i]], 16 entries. */

@@ -13,6 +13,8 @@ INLINE vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
 INLINE void vf_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
 INLINE vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 INLINE vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+INLINE vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+INLINE vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE vf vf_fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }
 INLINE vf vf_set(float x) { return _mm512_set1_ps(x); }
@@ -31,6 +33,15 @@ INLINE vf vf_e8m0(const uint8_t *p)
 {
     __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 23));
+}
+
+INLINE vf vf_quad(const float *p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+/* The lanes of both with even numbers, and with odd ones. */
+INLINE void vf_unzip(vf a, vf b, vf *even, vf *odd)
+{
+    const __m512i at = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    *even = _mm512_permutex2var_ps(a, at, b);
+    *odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(at, _mm512_set1_epi32(1)), b);
 }
 
 /* table[index[i]], 16 entries. */

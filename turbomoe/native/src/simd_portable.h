@@ -18,6 +18,12 @@ INLINE vf vf_load(const float *p)
     return a;
 }
 INLINE void vf_store(float *p, vf a) { memcpy(p, &a, sizeof a); }
+INLINE vf vf_sub(vf a, vf b) { return a - b; }
+INLINE vf vf_min(vf a, vf b)
+{
+    vi less = a < b;
+    return (vf)(((vi)a & less) | ((vi)b & ~less));
+}
 INLINE vf vf_mul(vf a, vf b) { return a * b; }
 INLINE vf vf_add(vf a, vf b) { return a + b; }
 #ifdef __aarch64__ /* the build forbids the compiler to fuse by itself */
@@ -31,6 +37,14 @@ INLINE vf vf_fnma(vf a, vf b, vf c) { return c - a * b; }
 INLINE vf vf_set(float x) { return (vf){x, x, x, x}; }
 INLINE vf vf_int(vi a) { return __builtin_convertvector(a, vf); }
 INLINE float vf_sum(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+
+INLINE vf vf_quad(const float *p) { return vf_load(p); }
+/* The lanes of both with even numbers, and with odd ones. */
+INLINE void vf_unzip(vf a, vf b, vf *even, vf *odd)
+{
+    *even = (vf){a[0], a[2], b[0], b[2]};
+    *odd = (vf){a[1], a[3], b[1], b[3]};
+}
 
 /* Shift the fp16 fields into place and let one multiplication re-bias the exponent: exact, subnormals included. */
 INLINE vf from_f16(vu half)
