@@ -6,13 +6,16 @@ from functools import cache
 
 import torch
 
+from turbomoe.kv.base import Codec
 from turbomoe.kv.codebooks import levels
 from turbomoe.kv.hadamard import random_signs
 from turbomoe.kv.layer import Side
 from turbomoe.kv.shape import AttentionShape
+from turbomoe.kv.trellis_codebook import TRELLISES, by_window
 from turbomoe.native.library import TYPES, CKVLayer, CKVSide
 
-KINDS = {"f32": 0, "bf16": 1, "f16": 2, "q8_0": 3, "tq2": 4, "tq3": 5, "tq4": 6}
+KINDS = {"f32": 0, "bf16": 1, "f16": 2, "q8_0": 3, "tq2": 4, "tq3": 5, "tq4": 6,
+         "tcq2": 8, "tcq2.5": 9, "tcq3": 10, "tcq4": 11}  # fmt: skip
 NO_PAGES = 7  # a sliding window
 GROUP, LANES, DIM = 16, 16, 256  # most queries a key head, values that a vector comes in, most values of a head
 
@@ -57,11 +60,19 @@ def _side(side: Side) -> CKVSide | None:
         found.scales = side.planes[1].data_ptr() if len(side.planes) > 1 else None
     if side.mean is not None:
         found.mean = _contiguous(side.mean).data_ptr()
-    if side.rotated:
-        assert side.codec is not None
-        table = levels(int(side.codec.name[-1]))
-        found.levels[: len(table)] = table
+    _add_values(found, side.codec)
     return found
+
+
+def _add_values(found: CKVSide, codec: Codec | None) -> None:
+    """What codes stand for."""
+    if codec is None or not codec.rotated:
+        return
+    if codec.name in TRELLISES:
+        found.codebook = by_window(TRELLISES[codec.name]).data_ptr()
+    else:
+        table = levels(int(codec.name[-1]))
+        found.levels[: len(table)] = table
 
 
 def _contiguous(mean: torch.Tensor) -> torch.Tensor:

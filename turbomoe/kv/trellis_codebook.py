@@ -11,7 +11,7 @@ fitted on Gaussian vectors for the error of whole paths.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +76,12 @@ def codebook(trellis: Trellis, device: str = "cpu") -> torch.Tensor:
         for multiplier, coefficients in zip(trellis.multipliers, trellis.coefficients, strict=True)
     ]
     return torch.from_numpy(np.stack(rows).astype(np.float32)).to(device)
+
+
+@cache  # descriptions for the C core hold its address
+def by_window(trellis: Trellis) -> torch.Tensor:
+    """The codebook window by window: float32 [states, values]."""
+    return codebook(trellis).t().contiguous()
 
 
 @lru_cache(maxsize=32)

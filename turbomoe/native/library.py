@@ -113,6 +113,7 @@ class CKVSide(c.Structure):
         *[(n, c.c_int) for n in ("kind", "exact_type")],
         *[(n, c.c_void_p) for n in ("sinks", "ring", "codes", "scales", "mean")],
         ("levels", c.c_float * 16),
+        ("codebook", c.c_void_p),
     ]
 
 

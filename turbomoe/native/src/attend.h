@@ -9,7 +9,8 @@
 
 #include <stdint.h>
 
-enum { TM_KV_F32, TM_KV_BF16, TM_KV_F16, TM_KV_Q8_0, TM_KV_TQ2, TM_KV_TQ3, TM_KV_TQ4, TM_KV_NONE, TM_KV_KINDS };
+enum { TM_KV_F32, TM_KV_BF16, TM_KV_F16, TM_KV_Q8_0, TM_KV_TQ2, TM_KV_TQ3, TM_KV_TQ4, TM_KV_NONE,
+       TM_KV_TCQ2, TM_KV_TCQ2_5, TM_KV_TCQ3, TM_KV_TCQ4, TM_KV_KINDS };
 enum { TM_PAGE_TOKENS = 64, TM_HEAD_DIM = 256, TM_LEVELS = 16, TM_GROUP_QUERIES = 16 };
 
 /* Keys or values of one layer. A vector of `codes` holds what the codec of that kind writes (turbomoe/kv/codecs). */
@@ -21,6 +22,7 @@ typedef struct {
     const void *scales;        /* fp16 [pages][kv_heads][TM_PAGE_TOKENS][1, or dim / 32 for Q8_0]; NULL for floats */
     const float *mean;         /* [kv_heads][dim]: what the codes lack; NULL for nothing */
     float levels[TM_LEVELS];   /* of a TQ kind, by code */
+    const float *codebook;     /* of a TCQ kind: [states][values of a step], by window */
 } tm_kv_side;
 
 typedef struct {
@@ -46,13 +48,14 @@ typedef struct {
     float plain[TM_HEAD_DIM], rotated[TM_HEAD_DIM];
 } tm_softmax;
 
-static inline int tm_kv_rotated(int kind) { return kind >= TM_KV_TQ2 && kind <= TM_KV_TQ4; }
+static inline int tm_kv_trellis(int kind) { return kind >= TM_KV_TCQ2; }
+static inline int tm_kv_rotated(int kind) { return (kind >= TM_KV_TQ2 && kind <= TM_KV_TQ4) || tm_kv_trellis(kind); }
 
 /* Bytes of the codes of one vector. */
 static inline long tm_kv_bytes(int kind, long dim)
 {
-    static const int bits[TM_KV_KINDS] = {32, 16, 16, 8, 2, 3, 4, 0};
-    return dim * bits[kind] / 8;
+    static const int half_bits[TM_KV_KINDS] = {64, 32, 32, 16, 4, 6, 8, 0, 4, 5, 6, 8};
+    return dim * half_bits[kind] / 16;
 }
 
 /* How many keys lie in the sinks, in the ring and in pages, without the new one. Paged exactly: all, in pages. A

@@ -71,8 +71,38 @@ INLINE void spread_codes(int kind, const uint8_t *codes, long dim, uint8_t *to)
             to[k * eighth + i] |= (uint8_t)((high[i] >> k & 1) << 2);
 }
 
+/* Values of overlapping windows of a circular stream, eight steps of `step` whole bytes at a time. `dim` is 32 or more. */
+INLINE void follow(const int step, const int window, const int values, stored s, const float *codebook, long dim, float *to)
+{
+    uint8_t stream[TM_HEAD_DIM / 2 + 8];
+    long bytes = dim / values * step / 8;
+    memcpy(stream, s.codes, (size_t)bytes);
+    memcpy(stream + bytes, s.codes, 8);
+    for (long at = 0; at < bytes; at += step, to += 8 * values) {
+        uint64_t word;
+        memcpy(&word, stream + at, sizeof word);
+        UNROLL for (int i = 0; i < 8; i++) {
+            const float *found = codebook + (word >> i * step & ((1u << window) - 1)) * (unsigned)values;
+            UNROLL for (int v = 0; v < values; v++)
+                to[i * values + v] = found[v];
+        }
+    }
+}
+
+INLINE void follow_any(stored s, const float *codebook, long dim, float *to)
+{
+    if (s.kind == TM_KV_TCQ2)
+        follow(2, 9, 1, s, codebook, dim, to);
+    else if (s.kind == TM_KV_TCQ2_5)
+        follow(5, 10, 2, s, codebook, dim, to);
+    else if (s.kind == TM_KV_TCQ3)
+        follow(3, 10, 1, s, codebook, dim, to);
+    else
+        follow(4, 10, 1, s, codebook, dim, to);
+}
+
 /* The vector as floats, but for the factor that is returned. `dim` is a multiple of 16. */
-INLINE float vector(stored s, const float *levels, long dim, float *to)
+INLINE float vector(stored s, const tm_kv_side *side, long dim, float *to)
 {
     uint8_t bytes[TM_HEAD_DIM];
     if (s.kind == TM_KV_F32) {
@@ -92,9 +122,13 @@ INLINE float vector(stored s, const float *levels, long dim, float *to)
         }
         return 1.0f;
     }
-    spread_codes(s.kind, s.codes, dim, bytes);
-    for (long i = 0; i < dim; i += LANES)
-        vf_store(to + i, vf_levels(levels, bytes + i));
+    if (tm_kv_trellis(s.kind))
+        follow_any(s, side->codebook, dim, to);
+    else {
+        spread_codes(s.kind, s.codes, dim, bytes);
+        for (long i = 0; i < dim; i += LANES)
+            vf_store(to + i, vf_levels(side->levels, bytes + i));
+    }
     memcpy(&half, s.scales, sizeof half);
     return half_float(half);
 }
@@ -153,7 +187,7 @@ static void attend(const tm_attend *a, long head, long begin, long end, tm_softm
         long count = end - start < BLOCK ? end - start : BLOCK;
         for (long i = 0; i < count; i++) {
             int coded = start + i >= first_coded && start + i < last_coded;
-            float factor = vector(seen_row(a, &l->keys, a->key, n, head, start + i), l->keys.levels, dim, line);
+            float factor = vector(seen_row(a, &l->keys, a->key, n, head, start + i), &l->keys, dim, line);
             const float *q = (coded && a->rotated ? a->rotated : a->query) + head * group * dim;
             for (long g = 0; g < group; g++)
                 scores[g][i] = inner(q + g * dim, line, dim) * factor
@@ -163,7 +197,7 @@ static void attend(const tm_attend *a, long head, long begin, long end, tm_softm
             weigh(&states[g], scores[g], count, dim);
         for (long i = 0; i < count; i++) {
             int coded = start + i >= first_coded && start + i < last_coded;
-            float factor = vector(seen_row(a, &l->values, a->value, n, head, start + i), l->values.levels, dim, line);
+            float factor = vector(seen_row(a, &l->values, a->value, n, head, start + i), &l->values, dim, line);
             for (long g = 0; g < group; g++) {
                 float *to = coded && tm_kv_rotated(l->values.kind) ? states[g].rotated : states[g].plain;
                 add_scaled(to, line, scores[g][i] * factor, dim);
