@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from turbomoe.kv.decode import attend_one
+from turbomoe.kv.kernels import decode_attention
 from turbomoe.kv.layer import Side, Step
 from turbomoe.kv.pages import PAGE_TOKENS
 from turbomoe.kv.softmax import OnlineSoftmax
@@ -35,7 +35,8 @@ def attend(
     Returns float32 [B, S, query_heads, head_dim].
     """
     if step.count == 1:
-        return attend_one(query, key, value, keys, values, step, scale)
+        decode = decode_attention(query.device.type, query.shape[-1], query.shape[1] // key.shape[1], query.dtype)
+        return decode(query, key, value, keys, values, step, scale)
     key, value = key.to(keys.exact_dtype), value.to(values.exact_dtype)
     exact_k, exact_v = (torch.cat([side.past(step), new], 2) for side, new in ((keys, key), (values, value)))
     for side, new, exact in ((keys, key, exact_k), (values, value, exact_v)):

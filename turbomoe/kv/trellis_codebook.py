@@ -10,6 +10,7 @@ fitted on Gaussian vectors for the error of whole paths.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -41,6 +42,11 @@ class Trellis:
         return 1 << self.window_bits
 
     @property
+    def group_words(self) -> int:
+        """The fewest 32-bit words that hold whole steps."""
+        return math.lcm(32, self.step_bits) // 32
+
+    @property
     def groups(self) -> int:
         """Windows that differ in nothing but the bits that the next step drops, or adds, are one group."""
         return 1 << self.window_bits - self.step_bits
@@ -49,7 +55,7 @@ class Trellis:
 TRELLISES = {
     trellis.name: trellis
     for trellis in (
-        Trellis("tcq2", 9, 2, (133,), (1, 9), ((1.408203125, 1.1943359375),)),
+        Trellis("tcq2", 9, 2, (123,), (1, 5), ((1.271484375, 1.1220703125),)),
         Trellis("tcq2.5", 10, 5, (371, 427), (1, 5, 33), (
             (1.3173828125, 0.74609375, 0.9853515625), (1.328125, 0.734375, 0.99658203125),
         )),
@@ -91,16 +97,10 @@ def by_dropped_bits(trellis: Trellis) -> torch.Tensor:
 
 
 def _hash(window_bits: int, multiplier: int) -> Halves:
-    """u of every window: half [states], in [-1, 1]. No step rounds but t, on purpose, to an integer.
-
-    In [1024, 2048] halves are integers: t is the product's integer part, and u what is left, twice its fraction.
-    """
+    """u of every window: half [states], in [-1, 1), exact."""
     half = 1 << window_bits - 1
-    slope, shift = multiplier / half, (1024 + half) * multiplier // half
-    window = 1024 + np.arange(2 * half).astype(np.float16)
-    m, c = (np.full_like(window, number) for number in (slope, 2049 + multiplier - shift))
-    t = _fma(window, m, c)
-    return _fma(window, m, (c - t).astype(np.float16))
+    product = np.arange(2 * half) * multiplier
+    return (product % (2 * half) / half - 1).astype(np.float16)
 
 
 def _polynomial(u: Halves, exponents: tuple[int, ...], coefficients: tuple[float, ...]) -> Halves:

@@ -12,7 +12,7 @@ from turbomoe.errors import SettingsError
 from turbomoe.kv.base import Codec, Plane
 from turbomoe.kv.codecs.lloydmax import look_up
 from turbomoe.kv.codecs.scales import matched_scale, spread_out
-from turbomoe.kv.codecs.windows import pack_steps, pair_table, pair_windows
+from turbomoe.kv.codecs.windows import from_planes, pack_steps, pair_table, pair_windows, to_planes
 from turbomoe.kv.trellis_codebook import TRELLISES, by_dropped_bits, codebook
 from turbomoe.kv.trellis_search import search
 from turbomoe.native.library import Core, load_core
@@ -24,8 +24,8 @@ SMALLEST, LARGEST = 32, 512  # values of a head
 class TrellisCodec(Codec):
     """Exactly ``step_bits / values`` bits a coordinate in one circular stream, and an fp16 scale a vector.
 
-    Bit b of a vector is bit b % 8 of byte b // 8; the window of step i is bits [step_bits * i, step_bits * i +
-    window_bits), modulo the length. A vector with a NaN or an infinity has the codes of a zero vector and decodes to
+    Bit b of the stream is bit b % 8 of byte b // 8; the window of step i is bits [step_bits * i, step_bits * i +
+    window_bits), modulo the length. ``windows.to_planes`` says in which order its words are stored. A vector with a NaN or an infinity has the codes of a zero vector and decodes to
     NaN throughout, a zero vector to zeros. Scales saturate and vanish as those of tq2, tq3 and tq4 do.
     """
 
@@ -61,7 +61,8 @@ class TrellisCodec(Codec):
         # NaN stands for vectors of zeros and those that were not finite.
         windows = search(spread.nan_to_num(nan=0.0).reshape(-1, self.head_dim), self.trellis)
         chosen = self._values(windows).view(x.shape)
-        codes = pack_steps(windows & (1 << self.trellis.step_bits) - 1, self.trellis.step_bits)
+        stream = pack_steps(windows & (1 << self.trellis.step_bits) - 1, self.trellis.step_bits)
+        codes = to_planes(stream, self.trellis.group_words)
         return codes.view(*x.shape[:-1], codes.shape[-1]), matched_scale(chosen, peak, norm)
 
     def decode(self, planes: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -79,6 +80,6 @@ class TrellisCodec(Codec):
 
     def _decoded(self, codes: torch.Tensor) -> torch.Tensor:
         """Values float32 [..., head_dim] of codes uint8 [..., bytes]."""
-        index = pair_windows(self.trellis).read(codes)
+        index = pair_windows(self.trellis).read(from_planes(codes, self.trellis.group_words))
         pairs = look_up(pair_table(self.trellis, str(codes.device)), index)
         return torch.view_as_real(pairs).reshape(*codes.shape[:-1], self.head_dim)

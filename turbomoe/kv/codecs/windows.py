@@ -1,6 +1,7 @@
 """The circular bit stream of a trellis code: steps packed into bytes, and its windows read two values at a time.
 
 Step i adds bits [step_bits * i, step_bits * (i + 1)), the lowest of its window: packing need not know of windows.
+The stream's 32-bit words are stored plane by plane (``to_planes``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,24 @@ def pack_steps(symbols: torch.Tensor, bits: int) -> torch.Tensor:
     octets = each.flatten(-2).unflatten(-1, (-1, 8))
     packed: torch.Tensor = (octets << torch.arange(8, device=symbols.device)).sum(-1).to(torch.uint8)
     return packed
+
+
+def to_planes(stream: torch.Tensor, words: int) -> torch.Tensor:
+    """Bytes [..., bytes] as they are stored: of every group of ``words`` 32-bit words all first ones, all second ones...
+
+    A group holds whole steps, so equal words of all groups are cut alike, and a GPU reads them as one run. A stream
+    that is no whole number of groups is stored as it is.
+    """
+    if words == 1 or stream.shape[-1] % (4 * words):
+        return stream
+    return stream.unflatten(-1, (-1, words, 4)).transpose(-3, -2).flatten(-3)
+
+
+def from_planes(codes: torch.Tensor, words: int) -> torch.Tensor:
+    """The stream that ``to_planes`` stored."""
+    if words == 1 or codes.shape[-1] % (4 * words):
+        return codes
+    return codes.unflatten(-1, (words, -1, 4)).transpose(-3, -2).flatten(-3)
 
 
 @dataclass(frozen=True)

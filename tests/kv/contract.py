@@ -1,0 +1,126 @@
+"""The kernel contract: against an oracle in float64, the error of a kernel is at most twice that of plain PyTorch.
+
+Plain PyTorch means: the stored keys and values decoded to the model's precision, then softmax attention in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from turbomoe.config import KVSettings
+from turbomoe.kv.cache import KVCache
+from turbomoe.kv.layer import Side, Step
+from turbomoe.kv.means import KVMeans
+from turbomoe.kv.shape import AttentionShape
+
+
+@dataclass(frozen=True)
+class Case:
+    """One decode step: ``lengths`` tokens before it, one for each sequence."""
+
+    head_dim: int
+    heads: int
+    kv_heads: int
+    type_k: str
+    type_v: str
+    lengths: tuple[int, ...]
+    sink: int = 8
+    recent: int = 32
+    means: bool = True
+    dtype: torch.dtype = torch.bfloat16
+    seed: int = 0
+
+    @property
+    def shape(self) -> AttentionShape:
+        return AttentionShape(0, self.heads, self.kv_heads, self.head_dim)
+
+
+def filled(case: Case, device: str) -> KVCache:
+    """A cache that holds random sequences of the case's lengths: every bit pattern is a valid code."""
+    random = torch.Generator().manual_seed(case.seed)
+    means = None
+    if case.means:
+        keys, values = (torch.randn(case.kv_heads, case.head_dim, generator=random) for _ in range(2))
+        means = KVMeans({0: keys}, {0: values}, "x")
+    settings = KVSettings(case.type_k, case.type_v, case.sink, case.recent)
+    cache = KVCache([case.shape], settings, slots=len(case.lengths) + 1, ctx_size=max(case.lengths) + 8,
+                    dtype=case.dtype, device=device, means=means)  # fmt: skip
+    for slot, length in enumerate(case.lengths):
+        cache.reserve(slot, length + 1)
+        cache.host_lengths[slot] = length
+        cache.lengths[slot] = length
+    for side in cache.attention[0]:
+        for stored in (side.sinks, side.ring, *side.planes):
+            stored.copy_(_random(stored, random))
+    return cache
+
+
+def _random(like: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    if not like.is_floating_point():
+        return torch.randint(0, 256, like.shape, generator=random).to(torch.uint8).view(like.dtype)
+    if like.dtype == torch.float16 and like.shape[-1] in (1, 2, 4, 8):  # scales: of one a vector or of q8_0's blocks
+        return torch.rand(like.shape, generator=random) + 0.5 if like.shape[-1] == 1 else torch.rand(like.shape, generator=random) / 64
+    return torch.randn(like.shape, generator=random) + 0.5
+
+
+def open_step(cache: KVCache, slots: list[int]) -> Step:
+    """What ``begin`` opens for one new token a sequence, without encoding what leaves the windows."""
+    index = torch.tensor(slots, device=cache.device)
+    lengths = [cache.host_lengths[slot] for slot in slots]
+    return Step(index, cache.lengths[index], cache.pages.table[index], 1, min(lengths), max(lengths) + 1)
+
+
+def fresh(case: Case, batch: int, count: int, random: torch.Generator, device: str) -> list[torch.Tensor]:
+    """Queries, keys and values of new tokens, [B, heads, count, head_dim]; keys and values with a common part."""
+    shape = (batch, case.heads, count, case.head_dim)
+    made = [torch.randn(shape, generator=random) + common for common in (0.0, 1.0, 0.5)]
+    return [tensor.to(device, case.dtype) for tensor in made]
+
+
+def dense(side: Side, new: torch.Tensor, step: Step, row: int) -> torch.Tensor:
+    """Every token of sequence ``row`` as attention should see it: float64 [kv_heads, tokens, head_dim], in order."""
+    start, slot = int(step.starts[row]), int(step.slots[row])
+    sinks = side.sinks[slot][:, : min(start, side.sink)].double()
+    coded = max(0, start - side.sink - side.recent) if side.sink + side.recent else start
+    parts = [sinks]
+    if coded:
+        one = Step(step.slots[row : row + 1], step.starts[row : row + 1], step.pages[row : row + 1], 1, start, start + 1)
+        codes = side.decode(one, 0, -(-coded // 64))[0][:, :coded]
+        codes = side.unrotate(codes) if side.rotated else codes
+        parts.append((codes if side.mean is None else codes + side.mean[:, None]).double())
+    if side.recent:
+        positions = torch.arange(max(sinks.shape[1], start - side.recent), start, device=new.device)
+        parts.append(side.ring[slot][:, positions % side.recent].double())
+    parts.append(new[row].to(side.exact_dtype).double())
+    return torch.cat(parts, 1)
+
+
+def softmax_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """query [heads, head_dim]; key, value [kv_heads, tokens, head_dim], in their own precision."""
+    group = query.shape[0] // key.shape[0]
+    q = query.to(key.dtype).unflatten(0, (-1, group))
+    weights = (q @ key.mT * scale).softmax(-1)
+    return (weights @ value).flatten(0, 1)
+
+
+def errors(case: Case, attend, device: str) -> tuple[float, float]:
+    """(kernel's, PyTorch's): the error relative to the oracle's norm, over all sequences."""
+    cache = filled(case, device)
+    random = torch.Generator().manual_seed(case.seed + 1)
+    batch = len(case.lengths)
+    query, key, value = fresh(case, batch, 1, random, device)
+    key, value = key[:, : case.kv_heads], value[:, : case.kv_heads]
+    scale = case.head_dim**-0.5
+    step = open_step(cache, list(range(batch)))
+    keys, values = cache.attention[0]
+    full = [(dense(keys, key, step, row), dense(values, value, step, row)) for row in range(batch)]
+    oracle = torch.stack([softmax_attention(query[i, :, 0].double(), *kv, scale) for i, kv in enumerate(full)])
+    plain = torch.stack([softmax_attention(query[i, :, 0], *(x.to(case.dtype) for x in kv), scale) for i, kv in enumerate(full)])
+    ours = attend(query, key, value, keys, values, step, scale)[:, 0]
+    return _relative(ours, oracle), _relative(plain, oracle)
+
+
+def _relative(x: torch.Tensor, oracle: torch.Tensor) -> float:
+    return float((x.double() - oracle).norm() / oracle.norm())

@@ -1,0 +1,33 @@
+"""Kernels of the KV cache in Triton, and the one place that picks between them and their PyTorch references."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from turbomoe.kv.decode import attend_one as reference
+
+QUERIES = 16  # of a KV head: what one product takes
+HEAD_SIZES = (64, 128, 256)
+Attend = Callable[..., torch.Tensor]
+
+
+def unsupported(head_dim: int, group: int, dtype: torch.dtype = torch.bfloat16) -> str:
+    """Why the kernels do not run heads of this shape; empty when they do."""
+    if head_dim not in HEAD_SIZES:
+        return f"its heads have {head_dim} values, and the kernels know {', '.join(map(str, HEAD_SIZES))}"
+    if group > QUERIES:
+        return f"it has {group} query heads for each KV head, and the kernels take {QUERIES}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in {dtype}, and the kernels in half precision"
+    return ""
+
+
+def decode_attention(device: str, head_dim: int, group: int, dtype: torch.dtype) -> Attend:
+    """Attention of one new token a sequence for layers of this shape, on this type of device, in this precision."""
+    if device != "cuda" or unsupported(head_dim, group, dtype):
+        return reference
+    from turbomoe.kv.kernels.launch import attend_one
+
+    return attend_one

@@ -1,0 +1,271 @@
+"""Triton: tiles of stored keys or values, decoded in registers to what a dot product takes.
+
+``vectors`` reads N stored vectors of one head and returns [N, head_dim], unscaled, with dims in the order of
+``layout.column_dims``. Two forms: packed half precision by inline assembly (``assembly.py``), and a plain twin that looks
+levels up in a table, for Triton's interpreter and for devices without that assembly.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from turbomoe.kv.kernels.layout import block
+
+_BLOCKS = {name: block(name) for name in ("tq2", "tq3", "tq4", "tcq2", "tcq2.5", "tcq3", "tcq4")}
+TQ2_TEXT, TQ2_REGISTERS = (tl.constexpr(part) for part in _BLOCKS["tq2"].parts)
+TQ3_TEXT, TQ3_REGISTERS = (tl.constexpr(part) for part in _BLOCKS["tq3"].parts)
+TQ4_TEXT, TQ4_REGISTERS = (tl.constexpr(part) for part in _BLOCKS["tq4"].parts)
+TCQ2_TEXT, TCQ2_REGISTERS = (tl.constexpr(part) for part in _BLOCKS["tcq2"].parts)
+TCQ25_TEXT, TCQ25_REGISTERS = (tl.constexpr(part) for part in _BLOCKS["tcq2.5"].parts)
+TCQ3_TEXT, TCQ3_REGISTERS = (tl.constexpr(part) for part in _BLOCKS["tcq3"].parts)
+TCQ4_TEXT, TCQ4_REGISTERS = (tl.constexpr(part) for part in _BLOCKS["tcq4"].parts)
+
+
+@triton.jit
+def _merge(a, b):
+    """[N, W] twice to [N, 2 W], taking turns."""
+    return tl.reshape(tl.join(a, b), (a.shape[0], 2 * a.shape[1]))
+
+
+@triton.jit
+def _merge4(a, b, c, d):
+    return _merge(_merge(a, c), _merge(b, d))
+
+
+@triton.jit
+def _merge8(a, b, c, d, e, f, g, h):
+    return _merge(_merge4(a, c, e, g), _merge4(b, d, f, h))
+
+
+@triton.jit
+def _halves(x):
+    """Registers int32 [N, W] to the two values in each: float16 [N, 2 W]."""
+    low = (x & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+    high = (x >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return _merge(low, high)
+
+
+@triton.jit
+def _word(codes, rows, index):
+    """Words int32 [N, W] of the vectors at byte offsets ``rows`` [N], at word ``index`` [W]."""
+    return tl.load((codes + rows[:, None]).to(tl.pointer_type(tl.int32)) + index[None, :])
+
+
+@triton.jit
+def _outer(a, b):
+    """[N, C] twice to [N, 2 C], one after the other."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
+
+
+@triton.jit
+def _arranged(x, G: tl.constexpr, FOR_SCORES: tl.constexpr):
+    """Registers int32 [N, registers] of G groups, by group, to float16 [N, 2 * registers]; see ``layout.column_dims``.
+
+    For scores every thread's registers take turns with those of the three that share its vector: just as the tensor
+    cores want an operand in registers, so nothing passes through shared memory. For sums, which read it across
+    vectors and so have to, a thread's values form runs of 32 bytes, which the swizzle spreads over all banks.
+    """
+    THREADS: tl.constexpr = G // max(1, min(4, G // 4))
+    EACH: tl.constexpr = x.shape[1] // THREADS
+    if FOR_SCORES:
+        x = tl.permute(tl.reshape(x, (x.shape[0], THREADS, EACH)), (0, 2, 1))
+    else:
+        RUN: tl.constexpr = min(8, EACH)
+        x = tl.permute(tl.reshape(x, (x.shape[0], THREADS, EACH // RUN, RUN)), (0, 2, 1, 3))
+    return _halves(tl.reshape(x, (x.shape[0], THREADS * EACH)))
+
+
+@triton.jit
+def _next_group(first, codes, rows, index, GROUPS: tl.constexpr):
+    """For each group of ``index`` the first word of the group after it, of GROUPS in a ring: like ``first``, its own.
+
+    Read in aligned runs, as ``first`` is: a load one word off would be split, and come in another layout.
+    """
+    G: tl.constexpr = first.shape[1]
+    OWN: tl.constexpr = max(1, min(4, G // 4))
+    following = _word(codes, rows, (index // OWN + 1) % (GROUPS // OWN) * OWN + index % OWN)
+    if OWN == 1:
+        return following
+    elif OWN == 2:
+        _, b = tl.split(tl.reshape(first, (first.shape[0], G // 2, 2)))
+        c, _ = tl.split(tl.reshape(following, (first.shape[0], G // 2, 2)))
+        return _merge(b, c)
+    else:
+        even, odd = tl.split(tl.reshape(first, (first.shape[0], G // 4, 2, 2)))
+        _, c = tl.split(even)
+        b, d = tl.split(odd)
+        even, _ = tl.split(tl.reshape(following, (first.shape[0], G // 4, 2, 2)))
+        e, _ = tl.split(even)
+        return _merge4(b, c, d, e)
+
+
+@triton.jit
+def _tq2(codes, rows, D: tl.constexpr, FOR_SCORES: tl.constexpr):
+    w = _word(codes, rows, tl.arange(0, D // 16))
+    a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+        TQ2_TEXT, TQ2_REGISTERS, [w], dtype=(tl.int32,) * 8, is_pure=True, pack=1
+    )
+    return _arranged(_merge8(a, b, c, d, e, f, g, h), D // 16, FOR_SCORES)
+
+
+@triton.jit
+def _tq3(codes, rows, D: tl.constexpr, FOR_SCORES: tl.constexpr):
+    index = tl.arange(0, D // 16)
+    w = _word(codes, rows, index)
+    high = _word(codes + D // 4, rows, index % (D // 32)) >> (index // (D // 32))[None, :]
+    a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+        TQ3_TEXT, TQ3_REGISTERS, [w, high], dtype=(tl.int32,) * 8, is_pure=True, pack=1
+    )
+    return _arranged(_merge8(a, b, c, d, e, f, g, h), D // 16, FOR_SCORES)
+
+
+@triton.jit
+def _tq4_words(codes, rows, index, FOR_SCORES: tl.constexpr):
+    w = _word(codes, rows, index)
+    a, b, c, d = tl.inline_asm_elementwise(
+        TQ4_TEXT, TQ4_REGISTERS, [w], dtype=(tl.int32,) * 4, is_pure=True, pack=1
+    )
+    return _arranged(_merge4(a, b, c, d), index.shape[0], FOR_SCORES)
+
+
+@triton.jit
+def _tq4(codes, rows, D: tl.constexpr, FOR_SCORES: tl.constexpr):
+    if D == 256:
+        index = tl.arange(0, 16)
+        return _outer(_tq4_words(codes, rows, index, FOR_SCORES), _tq4_words(codes, rows, 16 + index, FOR_SCORES))
+    else:
+        return _tq4_words(codes, rows, tl.arange(0, D // 8), FOR_SCORES)
+
+
+@triton.jit
+def _tcq2(codes, rows, D: tl.constexpr, FOR_SCORES: tl.constexpr):
+    index = tl.arange(0, D // 16)
+    w = _word(codes, rows, index)
+    n = _next_group(w, codes, rows, index, D // 16)
+    a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+        TCQ2_TEXT, TCQ2_REGISTERS, [w, n], dtype=(tl.int32,) * 8, is_pure=True, pack=1
+    )
+    return _arranged(_merge8(a, b, c, d, e, f, g, h), D // 16, FOR_SCORES)
+
+
+@triton.jit
+def _tcq4_words(codes, rows, index, GROUPS: tl.constexpr, FOR_SCORES: tl.constexpr):
+    w = _word(codes, rows, index)
+    n = _next_group(w, codes, rows, index, GROUPS)
+    a, b, c, d = tl.inline_asm_elementwise(
+        TCQ4_TEXT, TCQ4_REGISTERS, [w, n], dtype=(tl.int32,) * 4, is_pure=True, pack=1
+    )
+    return _arranged(_merge4(a, b, c, d), index.shape[0], FOR_SCORES)
+
+
+@triton.jit
+def _tcq4(codes, rows, D: tl.constexpr, FOR_SCORES: tl.constexpr):
+    if D == 256:
+        index = tl.arange(0, 16)
+        first = _tcq4_words(codes, rows, index, 32, FOR_SCORES)
+        return _outer(first, _tcq4_words(codes, rows, 16 + index, 32, FOR_SCORES))
+    else:
+        return _tcq4_words(codes, rows, tl.arange(0, D // 8), D // 8, FOR_SCORES)
+
+
+@triton.jit
+def _tcq3(codes, rows, D: tl.constexpr, FOR_SCORES: tl.constexpr):
+    G: tl.constexpr = D // 32
+    index = tl.arange(0, G)
+    u, v, w = _word(codes, rows, index), _word(codes, rows, G + index), _word(codes, rows, 2 * G + index)
+    n = _next_group(u, codes, rows, index, G)
+    r0, r1, r2, r3, r4, r5, r6, r7, r8, r9, r10, r11, r12, r13, r14, r15 = tl.inline_asm_elementwise(
+        TCQ3_TEXT, TCQ3_REGISTERS, [u, v, w, n], dtype=(tl.int32,) * 16, is_pure=True, pack=1
+    )
+    even, odd = _merge8(r0, r2, r4, r6, r8, r10, r12, r14), _merge8(r1, r3, r5, r7, r9, r11, r13, r15)
+    return _arranged(_merge(even, odd), G, FOR_SCORES)
+
+
+@triton.jit
+def _tcq25(codes, rows, D: tl.constexpr, FOR_SCORES: tl.constexpr):
+    G: tl.constexpr = D // 64
+    index = tl.arange(0, G)
+    u, v, w = _word(codes, rows, index), _word(codes, rows, G + index), _word(codes, rows, 2 * G + index)
+    x, y = _word(codes, rows, 3 * G + index), _word(codes, rows, 4 * G + index)
+    n = _next_group(u, codes, rows, index, G)
+    (
+        r0, r1, r2, r3, r4, r5, r6, r7, r8, r9, r10, r11, r12, r13, r14, r15,
+        r16, r17, r18, r19, r20, r21, r22, r23, r24, r25, r26, r27, r28, r29, r30, r31,
+    ) = tl.inline_asm_elementwise(
+        TCQ25_TEXT, TCQ25_REGISTERS, [u, v, w, x, y, n], dtype=(tl.int32,) * 32, is_pure=True, pack=1
+    )  # fmt: skip
+    first = _merge(_merge8(r0, r4, r8, r12, r16, r20, r24, r28), _merge8(r2, r6, r10, r14, r18, r22, r26, r30))
+    second = _merge(_merge8(r1, r5, r9, r13, r17, r21, r25, r29), _merge8(r3, r7, r11, r15, r19, r23, r27, r31))
+    return _arranged(_merge(first, second), G, FOR_SCORES)
+
+
+@triton.jit
+def _looked_up(codes, rows, dims, table, D: tl.constexpr, KIND: tl.constexpr):
+    """The plain twin: codes of the given dims [D], their levels from the table."""
+    if KIND == "tq2" or KIND == "tq4":
+        BITS: tl.constexpr = 2 if KIND == "tq2" else 4
+        WIDTH: tl.constexpr = D * BITS // 8
+        byte = tl.load(codes + rows[:, None] + (dims % WIDTH)[None, :]).to(tl.int32)
+        code = (byte >> (dims // WIDTH * BITS)[None, :]) & ((1 << BITS) - 1)
+    elif KIND == "tq3":
+        byte = tl.load(codes + rows[:, None] + (dims % (D // 4))[None, :]).to(tl.int32)
+        high = tl.load(codes + rows[:, None] + (D // 4 + dims % (D // 8))[None, :]).to(tl.int32)
+        low = (byte >> (dims // (D // 4) * 2)[None, :]) & 3
+        code = low | (((high >> (dims // (D // 8))[None, :]) & 1) << 2)
+    else:
+        WINDOW: tl.constexpr = 9 if KIND == "tcq2" else 10
+        STEP: tl.constexpr = 2 if KIND == "tcq2" else (3 if KIND == "tcq3" else (4 if KIND == "tcq4" else 5))
+        VALUES: tl.constexpr = 2 if KIND == "tcq2.5" else 1
+        bit = dims // VALUES * STEP
+        WORDS_: tl.constexpr = D // VALUES * STEP // 32
+        # Word n of the stream lies in plane n % PLANES.
+        PLANES: tl.constexpr = 3 if KIND == "tcq3" else (5 if KIND == "tcq2.5" else 1)
+        n, m = bit // 32, (bit // 32 + 1) % WORDS_
+        low = _word(codes, rows, n % PLANES * (WORDS_ // PLANES) + n // PLANES).to(tl.int64) & 0xFFFFFFFF
+        high = _word(codes, rows, m % PLANES * (WORDS_ // PLANES) + m // PLANES).to(tl.int64) << 32
+        code = (((low | high) >> (bit % 32).to(tl.int64)[None, :]) & ((1 << WINDOW) - 1)).to(tl.int32)
+        code = code + (dims % VALUES << WINDOW)[None, :]
+    return tl.load(table + code)
+
+
+@triton.jit
+def _decoded(codes, rows, D: tl.constexpr, KIND: tl.constexpr, FOR_SCORES: tl.constexpr):
+    if KIND == "tq2":
+        return _tq2(codes, rows, D, FOR_SCORES)
+    elif KIND == "tq3":
+        return _tq3(codes, rows, D, FOR_SCORES)
+    elif KIND == "tq4":
+        return _tq4(codes, rows, D, FOR_SCORES)
+    elif KIND == "tcq2":
+        return _tcq2(codes, rows, D, FOR_SCORES)
+    elif KIND == "tcq2.5":
+        return _tcq25(codes, rows, D, FOR_SCORES)
+    elif KIND == "tcq3":
+        return _tcq3(codes, rows, D, FOR_SCORES)
+    else:
+        return _tcq4(codes, rows, D, FOR_SCORES)
+
+
+@triton.jit
+def row_order(n):
+    """Which of 64 vectors stands in row n of a tile: the tensor cores' warps own 16 rows, loads' eight twice."""
+    return n // 8 % 2 * 32 + n // 16 * 8 + n % 8
+
+
+@triton.jit
+def vectors(codes, rows, dims, table, D: tl.constexpr, KIND: tl.constexpr, FOR_SCORES: tl.constexpr, ASM: tl.constexpr):
+    """float16 [64, D]: the vectors of codes at byte offsets ``rows`` int64 [64] from ``codes``, without their scales.
+
+    Row n holds vector ``row_order(n)``. ``dims`` int32 [D] are ``layout.column_dims``.
+    """
+    if ASM:
+        # The compiler chooses a thread's run by what it knows of alignment; this makes it forget, then tells it.
+        rows = tl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [rows], dtype=tl.int64, is_pure=True, pack=1)
+        VALUES: tl.constexpr = 64 if KIND == "tcq2.5" else (32 if KIND == "tcq3" else (8 if KIND == "tq4" or KIND == "tcq4" else 16))
+        RUN_BYTES: tl.constexpr = 4 * max(1, min(4, D // VALUES // 4))
+        rows = tl.multiple_of(rows, RUN_BYTES)
+        x = _decoded(codes, rows, D, KIND, FOR_SCORES)
+    else:
+        x = _looked_up(codes, rows, dims, table, D, KIND)
+    return tl.reshape(tl.permute(tl.reshape(x, (2, 4, 8, D)), (1, 0, 2, 3)), (64, D))

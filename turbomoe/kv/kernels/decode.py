@@ -1,0 +1,299 @@
+"""Triton: attention of one new token a sequence over exact windows and pages of codes, in three launches.
+
+``prepare`` turns the queries into the domain of the keys' codes; ``attend`` runs one program for each KV head and part of
+the context, all queries of the head together; ``combine`` merges the parts, turns what came from codes back, and stores
+the new token in the windows. Lengths and page tables are read on the device and the grid depends on sizes that never
+change, so a CUDA graph may hold the launches. The reference is ``kv/decode.py``, with the same rule of windows.
+
+Parts [0, splits) read pages, the rest the windows. A part leaves the running maximum and sum of its softmax, in units of
+log2, and its weighted values. Values' scales are folded into the weights, and the maximum is taken over the products: so
+the weights, in half precision, lie in [0, 1] and near 1 where it matters.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from turbomoe.kv.kernels.codes import row_order, vectors
+
+PAGE = tl.constexpr(64)
+QUERIES = tl.constexpr(16)  # the queries of a KV head, filled up
+LOG2E = tl.constexpr(1.4426950408889634)
+SMALLEST_SCALE = tl.constexpr(2.0**-24)  # of fp16; a scale of 0 is cut to it and its weight to 0
+
+
+@triton.jit
+def butterflies(x, D: tl.constexpr):
+    """The Walsh-Hadamard transform of x [D], as ``hadamard.hadamard`` but without its norm."""
+    ROUNDS: tl.constexpr = 3 + (D > 8) + (D > 16) + (D > 32) + (D > 64) + (D > 128) + (D > 256)
+    for _ in tl.static_range(ROUNDS):
+        a, b = tl.split(tl.permute(tl.reshape(x, (2, D // 2)), (1, 0)))
+        x = tl.reshape(tl.join(a + b, a - b), (D,))
+    return x
+
+
+@triton.jit
+def prepare(
+    query, turned, factors, offsets, signs, mean, scale, query_stride_b, query_stride_h,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, ROTATED: tl.constexpr, HAS_MEAN: tl.constexpr,
+):  # fmt: skip
+    """One query vector a program: float16 ``turned`` of largest magnitude 1, its factor, and its score with the mean."""
+    row = tl.program_id(0)
+    d = tl.arange(0, D)
+    x = tl.load(query + row // HEADS * query_stride_b + row % HEADS * query_stride_h + d).to(tl.float32)
+    if HAS_MEAN:
+        m = tl.load(mean + row % HEADS // GROUP * D + d)
+        tl.store(offsets + row, tl.sum(x * m, 0) * scale * LOG2E)
+    if ROTATED:
+        x = butterflies(x * tl.load(signs + d), D)
+    top = tl.max(tl.abs(x), 0)
+    safe = tl.where(top > 0, top, 1.0)
+    tl.store(turned + row * D + d, (x / safe).to(tl.float16))
+    tl.store(factors + row, safe * scale * LOG2E)
+
+
+@triton.jit
+def tiles_each(tiles, SPLITS: tl.constexpr):
+    """Tiles of a part."""
+    return tl.maximum(tl.cdiv(tiles, SPLITS), 1)
+
+
+@triton.jit
+def _tile(
+    codes, scales, first, seen, dims, table, D: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr,
+    FOR_SCORES: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """64 vectors of a plane from number ``first`` (int64) on, [64, D], without their scales (q8_0 has its own inside).
+
+    Row n is vector ``row_order(n)``, and ``seen`` [64] is in that order.
+    """
+    n, d = tl.arange(0, PAGE), tl.arange(0, D)
+    at = first + row_order(n)
+    if KIND == "bf16" or KIND == "f16" or KIND == "f32":
+        x = tl.load(codes + at[:, None] * D + d[None, :], mask=seen[:, None], other=0.0)
+        # The interpreter's products of bf16 are wrong; there everything exact is float32.
+        return x if ASM else x.to(tl.float32)
+    elif KIND == "q8_0":
+        x = tl.load(codes + at[:, None] * D + d[None, :]).to(tl.float16)
+        s = tl.load(scales + at[:, None] * (D // 32) + tl.arange(0, D // 32)[None, :], mask=seen[:, None], other=0.0)
+        x = tl.reshape(tl.reshape(x, (at.shape[0], D // 32, 32)) * s[:, :, None], (at.shape[0], D))
+        return x
+    else:
+        return vectors(codes, (first + n) * WIDTH, dims, table, D, KIND, FOR_SCORES, ASM)
+
+
+@triton.jit
+def _scales(scales, page, h, KV_HEADS: tl.constexpr, SCALED: tl.constexpr):
+    """The scales of a page's vectors, in the order of ``_tile``: float16 [64]; ones for kinds without."""
+    n = tl.arange(0, PAGE)
+    if SCALED:
+        return tl.load(scales + (page * KV_HEADS + h) * PAGE + row_order(n))
+    else:
+        return tl.full((PAGE,), 1.0, tl.float16)
+
+
+@triton.jit
+def _fold(top, total, far, scores, v, v_scale, SCALED: tl.constexpr, PRECISION: tl.constexpr):
+    """One tile into a running softmax: scores [N, QUERIES] in log2 units, values [N, D]; far [D, QUERIES].
+
+    ``total`` [N, QUERIES] is summed over its rows at the end: a sum between the warps in every tile costs two barriers.
+    """
+    if SCALED:
+        kept = tl.maximum(v_scale, SMALLEST_SCALE)
+        scores = scores + tl.log2(kept)[:, None]
+    new = tl.maximum(top, tl.max(scores, 0))
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    shrink = tl.exp2(top - safe)
+    weights = tl.exp2(scores - safe[None, :])
+    if SCALED:
+        total = total * shrink[None, :] + weights * (1.0 / kept)[:, None]
+        weights = tl.where((v_scale > 0)[:, None], weights, 0.0)
+    else:
+        total = total * shrink[None, :] + weights
+    far = tl.dot(tl.trans(v), weights.to(v.dtype), far * shrink[None, :], input_precision=PRECISION)
+    return new, total, far
+
+
+@triton.jit
+def _leave(part_top, part_total, part_far, part, top, total, far, dims, D: tl.constexpr):
+    """Store what a part has found, its values as their mean; ``dims`` [D] says which dim each row of far is."""
+    q, total = tl.arange(0, QUERIES), tl.sum(total, 0)
+    tl.store(part_top + part * QUERIES + q, top)
+    tl.store(part_total + part * QUERIES + q, total)
+    mean = far * (1.0 / tl.where(total > 0, total, 1.0))[None, :]
+    tl.store(part_far + part * QUERIES * D + q[None, :] * D + dims[:, None], mean.to(tl.float16))
+
+
+@triton.jit
+def _pages(
+    turned, factors, offsets, starts, slots, pages, k_codes, k_scales, k_dims, k_table, v_codes, v_scales, v_dims,
+    v_table, part_top, part_total, part_far, split, part, b, h, pages_per_slot,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BEHIND: tl.constexpr,
+    K_KIND: tl.constexpr, V_KIND: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, HAS_MEAN: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    coded = tl.load(starts + b) - BEHIND
+    tiles = tl.cdiv(tl.maximum(coded, 0), PAGE)
+    each = tiles_each(tiles, SPLITS)
+    first, last = split * each, tl.minimum((split + 1) * each, tiles)
+    q = tl.arange(0, QUERIES)
+    if first >= last:
+        tl.store(part_top + part * QUERIES + q, tl.full((QUERIES,), float("-inf"), tl.float32))
+        tl.store(part_total + part * QUERIES + q, tl.zeros((QUERIES,), tl.float32))
+        return
+    mine, row = q < GROUP, b * HEADS + h * GROUP + q
+    dims, n = tl.load(k_dims + tl.arange(0, D)), tl.arange(0, PAGE)
+    queries = tl.load(turned + row[:, None] * D + dims[None, :], mask=mine[:, None], other=0.0)
+    if K_KIND == "bf16" or K_KIND == "f16" or K_KIND == "f32":
+        queries = queries.to(k_codes.dtype.element_ty if ASM else tl.float32)
+    factor = tl.load(factors + row, mask=mine, other=0.0)
+    offset = tl.load(offsets + row, mask=mine, other=0.0) if HAS_MEAN else tl.zeros((QUERIES,), tl.float32)
+    v_order = tl.load(v_dims + tl.arange(0, D))
+    V_SCALED: tl.constexpr = V_KIND != "bf16" and V_KIND != "f16" and V_KIND != "f32" and V_KIND != "q8_0"
+    K_SCALED: tl.constexpr = K_KIND != "bf16" and K_KIND != "f16" and K_KIND != "f32" and K_KIND != "q8_0"
+    top = tl.full((QUERIES,), float("-inf"), tl.float32)
+    total = tl.zeros((PAGE, QUERIES), tl.float32)
+    far = tl.zeros((D, QUERIES), tl.float32)
+    row_of_table = pages + b * pages_per_slot
+    # The compiler prefetches codes; scales are too small for that and would be waited for, so they come a tile ahead.
+    page = tl.load(row_of_table + first)
+    next_page = tl.load(row_of_table + tl.minimum(first + 1, last - 1))
+    k_scale, v_scale = _scales(k_scales, page, h, KV_HEADS, K_SCALED), _scales(v_scales, page, h, KV_HEADS, V_SCALED)
+    for tile in tl.range(first, last, num_stages=STAGES):
+        page_after = tl.load(row_of_table + tl.minimum(tile + 2, last - 1))
+        next_k_scale = _scales(k_scales, next_page, h, KV_HEADS, K_SCALED)
+        next_v_scale = _scales(v_scales, next_page, h, KV_HEADS, V_SCALED)
+        at = (tl.load(row_of_table + tile) * KV_HEADS + h) * PAGE
+        seen = tile * PAGE + row_order(n) < coded
+        k = _tile(k_codes, k_scales, at, seen, dims, k_table, D, K_KIND, K_WIDTH, True, ASM)
+        scores = tl.dot(k, tl.trans(queries), input_precision=PRECISION) * factor[None, :]
+        if K_SCALED:
+            scores = scores * k_scale.to(tl.float32)[:, None]
+        scores = tl.where(seen[:, None], scores + offset[None, :], float("-inf"))
+        v = _tile(v_codes, v_scales, at, seen, v_order, v_table, D, V_KIND, V_WIDTH, False, ASM)
+        # Rows that nobody has written yet may hold any scale, NaN too.
+        sure = tl.where(seen, v_scale.to(tl.float32), 1.0)
+        top, total, far = _fold(top, total, far, scores, v, sure, V_SCALED, PRECISION)
+        next_page, k_scale, v_scale = page_after, next_k_scale, next_v_scale
+    _leave(part_top, part_total, part_far, part, top, total, far, v_order, D)
+
+
+@triton.jit
+def _exact(sinks, ring, fresh, slot, b, h, index, seen, KV_HEADS: tl.constexpr, D: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr):
+    """Exact vectors [N, D] number ``index`` of sinks, ring and the new token, side by side; zeros where not seen."""
+    head = slot * KV_HEADS + h
+    row = tl.where(index < SINK, sinks + (head * SINK + index) * D, ring + (head * RECENT + index - SINK) * D)
+    row = tl.where(index == SINK + RECENT, fresh + (b * KV_HEADS + h) * D, row)
+    return tl.load(row[:, None] + tl.arange(0, D)[None, :], mask=seen[:, None], other=0.0)
+
+
+@triton.jit
+def _windows(
+    query, starts, slots, k_sinks, k_ring, k_fresh, v_sinks, v_ring, v_fresh, part_top, part_total, part_far, window,
+    part, b, h, scale, query_stride_b, query_stride_h,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
+    ASM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of the windows: vectors from number ``window * PAGE`` on."""
+    start, slot = tl.load(starts + b), tl.load(slots + b)
+    q, d = tl.arange(0, QUERIES), tl.arange(0, D)
+    place = query + b * query_stride_b + (h * GROUP + q)[:, None] * query_stride_h + d[None, :]
+    queries = tl.load(place, mask=(q < GROUP)[:, None], other=0.0)
+    queries = queries if ASM else queries.to(tl.float32)
+    index = window * PAGE + tl.arange(0, PAGE)
+    # Ring row r holds the last position that is r modulo RECENT; sinks are not counted twice.
+    position = start - 1 - (start - 1 - (index - SINK) + 2 * RECENT) % max(RECENT, 1)
+    seen = tl.where(index < SINK, index < start, (index < SINK + RECENT) & (position >= SINK) & (start > 0))
+    seen = seen | (index == SINK + RECENT)
+    k = _exact(k_sinks, k_ring, k_fresh, slot, b, h, index, seen, KV_HEADS, D, SINK, RECENT)
+    scores = tl.dot(k.to(queries.dtype), tl.trans(queries), input_precision=PRECISION) * (scale * LOG2E)
+    scores = tl.where(seen[:, None], scores, float("-inf"))
+    v = _exact(v_sinks, v_ring, v_fresh, slot, b, h, index, seen, KV_HEADS, D, SINK, RECENT)
+    top = tl.full((QUERIES,), float("-inf"), tl.float32)
+    total = tl.zeros((PAGE, QUERIES), tl.float32)
+    far = tl.zeros((D, QUERIES), tl.float32)
+    top, total, far = _fold(top, total, far, scores, v.to(queries.dtype), 1.0, False, PRECISION)
+    _leave(part_top, part_total, part_far, part, top, total, far, d, D)
+
+
+@triton.jit
+def attend(
+    query, turned, factors, offsets, starts, slots, pages,
+    k_codes, k_scales, k_dims, k_table, k_sinks, k_ring, k_fresh,
+    v_codes, v_scales, v_dims, v_table, v_sinks, v_ring, v_fresh,
+    part_top, part_total, part_far, scale, pages_per_slot, query_stride_b, query_stride_h,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SINK: tl.constexpr,
+    RECENT: tl.constexpr, BEHIND: tl.constexpr, K_KIND: tl.constexpr, V_KIND: tl.constexpr, K_WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr, HAS_MEAN: tl.constexpr, SPLITS: tl.constexpr, WINDOWS: tl.constexpr,
+    STAGES: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (SPLITS + WINDOWS, B * KV_HEADS). Positions below start - BEHIND + SINK ... are in pages; see ``Side``."""
+    index, b, h = tl.program_id(0), tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
+    part = tl.program_id(1) * (SPLITS + WINDOWS) + index
+    if index < SPLITS:
+        _pages(
+            turned, factors, offsets, starts, slots, pages, k_codes, k_scales, k_dims, k_table, v_codes, v_scales,
+            v_dims, v_table, part_top, part_total, part_far, index, part, b, h, pages_per_slot,
+            HEADS, KV_HEADS, GROUP, D, BEHIND, K_KIND, V_KIND, K_WIDTH, V_WIDTH, HAS_MEAN, SPLITS, STAGES,
+            ASM, PRECISION,
+        )  # fmt: skip
+    else:
+        _windows(
+            query, starts, slots, k_sinks, k_ring, k_fresh, v_sinks, v_ring, v_fresh, part_top, part_total, part_far,
+            index - SPLITS, part, b, h, scale, query_stride_b, query_stride_h,
+            KV_HEADS, GROUP, D, SINK, RECENT, ASM, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _merge_parts(part_top, part_total, part_far, first, last, top, row, query, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Parts [first, last) of a head, relative to the maximum ``top``: their sum, and their values [D]."""
+    d, i = tl.arange(0, D), tl.arange(0, BLOCK)
+    total, values = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK, D), tl.float32)
+    for at in tl.range(first, last, BLOCK, num_stages=3):
+        inside = at + i < last
+        place = (row + at + i) * QUERIES + query
+        weight = tl.exp2(tl.load(part_top + place, mask=inside, other=float("-inf")) - top)
+        weight = weight * tl.load(part_total + place, mask=inside, other=0.0)
+        total += weight
+        far = tl.load(part_far + place[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
+        values += weight[:, None] * far.to(tl.float32)
+    return tl.sum(total, 0), tl.sum(values, 0)
+
+
+@triton.jit
+def combine(
+    out, part_top, part_total, part_far, starts, slots, signs, mean, k_sinks, k_ring, k_fresh, v_sinks, v_ring, v_fresh,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SINK: tl.constexpr,
+    RECENT: tl.constexpr, BEHIND: tl.constexpr, SPLITS: tl.constexpr, WINDOWS: tl.constexpr, PARTS: tl.constexpr, ROTATED: tl.constexpr,
+    HAS_MEAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One query head a program: float32 out [B, HEADS, D]. The first of a group also stores the new token."""
+    b, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    h, query = head // GROUP, head % GROUP
+    row = (b * KV_HEADS + h) * (SPLITS + WINDOWS)
+    d, p = tl.arange(0, D), tl.arange(0, PARTS)
+    every = tl.load(part_top + (row + p) * QUERIES + query, mask=p < SPLITS + WINDOWS, other=float("-inf"))
+    top = tl.max(every, 0)
+    tiles = tl.cdiv(tl.maximum(tl.load(starts + b) - BEHIND, 0), PAGE)
+    used = tl.minimum(tl.cdiv(tiles, tiles_each(tiles, SPLITS)), SPLITS)
+    coded_total, coded = _merge_parts(part_top, part_total, part_far, 0, used, top, row, query, D, BLOCK)
+    total, plain = _merge_parts(part_top, part_total, part_far, SPLITS, SPLITS + WINDOWS, top, row, query, D, BLOCK)
+    if ROTATED:
+        coded = butterflies(coded, D) * tl.load(signs + d)
+    if HAS_MEAN:
+        coded += coded_total * tl.load(mean + h * D + d)
+    tl.store(out + tl.program_id(0) * D + d, (coded + plain) / (coded_total + total))
+    if query == 0 and SINK + RECENT > 0:
+        start, slot = tl.load(starts + b), tl.load(slots + b)
+        k = tl.load(k_fresh + (b * KV_HEADS + h) * D + d)
+        v = tl.load(v_fresh + (b * KV_HEADS + h) * D + d)
+        if SINK > 0:
+            at = ((slot * KV_HEADS + h) * SINK + tl.minimum(start, SINK - 1)) * D + d
+            tl.store(k_sinks + at, k, mask=start < SINK)
+            tl.store(v_sinks + at, v, mask=start < SINK)
+        if RECENT > 0:
+            at = ((slot * KV_HEADS + h) * RECENT + start % RECENT) * D + d
+            tl.store(k_ring + at, k)
+            tl.store(v_ring + at, v)

@@ -1,0 +1,102 @@
+"""Attention of one new token a sequence on a GPU: what ``kv/decode.py`` computes, by the kernels of ``decode.py``."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+import triton
+
+from turbomoe.kv.hadamard import random_signs
+from turbomoe.kv.kernels import QUERIES, decode
+from turbomoe.kv.kernels.layout import column_dims, table
+from turbomoe.kv.layer import Side, Step
+from turbomoe.kv.pages import PAGE_TOKENS
+
+PROGRAMS_PER_SM = 3
+WARPS, REGISTERS, STAGES = 4, 168, 3  # registers a thread so that three programs fit an SM
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which knows no inline assembly."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.lru_cache(maxsize=8)
+def _processors(device: torch.device) -> int:
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.lru_cache(maxsize=16)
+def _signs(head_dim: int, device: str) -> torch.Tensor:
+    """The rotation's signs with its norm."""
+    return random_signs(head_dim, device) * head_dim**-0.5
+
+
+def attend_one(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keys: Side, values: Side, step: Step, scale: float,
+    asm: bool = True,
+) -> torch.Tensor:  # fmt: skip
+    """``decode.attend_one``: query [B, heads, 1, dim], key, value [B, kv_heads, 1, dim] to float32 [B, 1, heads, dim]."""
+    batch, heads, _, dim = query.shape
+    kv_heads = key.shape[1]
+    key, value = (x.to(side.exact_dtype).contiguous() for x, side in ((key, keys), (value, values)))
+    paged = keys.sink == keys.recent == 0
+    if paged:
+        keys.keep(key, step)
+        values.keep(value, step)
+    device, rows = query.device, batch * heads
+    asm = asm and not interpreted()
+    capacity = step.pages.shape[1] if keys.codec is not None else 1
+    splits = max(1, min(capacity, PROGRAMS_PER_SM * _processors(device) // (batch * kv_heads)))
+    windows = 0 if paged else triton.cdiv(keys.sink + keys.recent + 1, PAGE_TOKENS)
+    parts = batch * kv_heads * (splits + windows)
+    turned = torch.empty(rows, dim, dtype=torch.float16, device=device)
+    factors, offsets = torch.empty(2, rows, dtype=torch.float32, device=device)
+    tops, totals = torch.empty(2, parts, QUERIES, dtype=torch.float32, device=device)
+    far = torch.empty(parts, QUERIES, dim, dtype=torch.float16, device=device)
+    out = torch.empty(batch, 1, heads, dim, dtype=torch.float32, device=device)
+    signs = _signs(dim, str(device))
+    shape = {"HEADS": heads, "GROUP": heads // kv_heads, "D": dim}
+    k, v = (_stored(side, dim, side is keys, str(device)) for side in (keys, values))
+    mean_k, mean_v = (signs if side.mean is None else side.mean for side in (keys, values))
+    decode.prepare[(rows,)](
+        query, turned, factors, offsets, signs, mean_k, scale, query.stride(0), query.stride(1), **shape,
+        ROTATED=keys.rotated, HAS_MEAN=keys.mean is not None, num_warps=1,
+    )  # fmt: skip
+    behind = -1 if paged else keys.sink + keys.recent
+    precision = "ieee" if torch.float32 in (keys.exact_dtype, values.exact_dtype) else "tf32"
+    decode.attend[(splits + windows, batch * kv_heads)](
+        query, turned, factors, offsets, step.starts, step.slots, step.pages, *k, keys.sinks, keys.ring, key,
+        *v, values.sinks, values.ring, value, tops, totals, far, scale, step.pages.shape[1], query.stride(0),
+        query.stride(1), **shape, KV_HEADS=kv_heads, SINK=keys.sink, RECENT=keys.recent, BEHIND=behind,
+        K_KIND=_kind(keys), V_KIND=_kind(values), K_WIDTH=_width(keys), V_WIDTH=_width(values),
+        HAS_MEAN=keys.mean is not None, SPLITS=splits, WINDOWS=windows, STAGES=STAGES, ASM=asm,
+        PRECISION=precision, num_warps=WARPS, maxnreg=REGISTERS,
+    )  # fmt: skip
+    decode.combine[(rows,)](
+        out, tops, totals, far, step.starts, step.slots, signs, mean_v, keys.sinks, keys.ring, key, values.sinks,
+        values.ring, value, **shape, KV_HEADS=kv_heads, SINK=keys.sink, RECENT=keys.recent, BEHIND=behind,
+        SPLITS=splits, WINDOWS=windows, PARTS=triton.next_power_of_2(splits + windows), ROTATED=values.rotated,
+        HAS_MEAN=values.mean is not None, BLOCK=32, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _kind(side: Side) -> str:
+    return "bf16" if side.codec is None else side.codec.name
+
+
+def _width(side: Side) -> int:
+    return 0 if side.codec is None else side.codec.planes[0].nbytes
+
+
+def _stored(side: Side, dim: int, for_scores: bool, device: str) -> tuple[torch.Tensor, ...]:
+    """(codes, scales, dims of the columns, table): anything stands in for what a kind does not have."""
+    name = _kind(side)
+    dims = column_dims(name, dim, for_scores, device)
+    if side.codec is None:
+        return side.ring, side.ring, dims, table(name, device)
+    codes = side.planes[0]
+    return codes, side.planes[1] if len(side.planes) > 1 else codes, dims, table(name, device)

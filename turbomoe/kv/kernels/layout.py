@@ -1,0 +1,102 @@
+"""How the decoding kernels lay a vector out: which codes share a register, and which dim stands in which column.
+
+Read with ``assembly.py``, which decodes a group of words, and ``codes.py``, which moves the registers into a tile.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+
+from turbomoe.kv.codebooks import levels
+from turbomoe.kv.kernels import assembly
+from turbomoe.kv.trellis_codebook import TRELLISES, Trellis, codebook
+
+# In units of (code - centre) * unit; 4 bits need degree 9, and a unit that keeps powers in half's range.
+SCALAR_UNIT = {2: 1.0, 3: 1.0, 4: 0.125}
+SCALAR_DEGREE = {3: 7, 4: 9}
+SCALAR_BITS = {"tq2": 2, "tq3": 3, "tq4": 4}
+
+
+def scalar_coefficients(bits: int) -> list[float]:
+    """The odd polynomial through (for 4 bits: near) the positive levels, fitted for the smallest relative error.
+
+    For 2 bits the line through both, of the size and the sign.
+    """
+    level = np.array(levels(bits)[1 << bits - 1 :])
+    y = (np.arange(len(level)) + 0.5) * SCALAR_UNIT[bits]
+    exponents = (1, 0) if bits == 2 else range(1, SCALAR_DEGREE[bits] + 1, 2)
+    basis = np.stack([y**d for d in exponents], -1)
+    return [float(np.float16(c)) for c in np.linalg.lstsq(basis / level[:, None], np.ones(len(level)), rcond=None)[0]]
+
+
+def step_pairs(trellis: Trellis) -> list[tuple[int, int]]:
+    """The steps of a group of words that share a register: 16 bits apart where that is a whole number of steps."""
+    steps = 32 * trellis.group_words // trellis.step_bits
+    if trellis.values == 2:
+        return [(i, i) for i in range(steps)]
+    if 16 % trellis.step_bits == 0:
+        return [(i, i + 16 // trellis.step_bits) for i in range(steps // 2)]
+    return [(i, i + 1) for i in range(0, steps, 2)]
+
+
+def block(name: str) -> assembly.Block:
+    """The assembly that decodes a group of words of this codec."""
+    if name in SCALAR_BITS:
+        bits = SCALAR_BITS[name]
+        return assembly.scalar(bits, scalar_coefficients(bits), SCALAR_UNIT[bits])
+    return assembly.trellis(TRELLISES[name], step_pairs(TRELLISES[name]))
+
+
+def _group_dims(name: str, head_dim: int) -> torch.Tensor:
+    """int64 [registers, 2]: the dims of the first group, by register and lane."""
+    if name in TRELLISES:
+        pairs = torch.tensor(step_pairs(TRELLISES[name]))
+        return pairs if TRELLISES[name].values == 1 else 2 * pairs + torch.tensor([0, 1])
+    runs = 2 if name == "tq4" else 4
+    register = torch.arange(2 * runs)[:, None]
+    return register // 2 * (head_dim // runs) + register % 2 + torch.tensor([0, 2])
+
+
+@functools.lru_cache(maxsize=64)
+def column_dims(name: str, head_dim: int, for_scores: bool, device: str = "cpu") -> torch.Tensor:
+    """int32 [head_dim]: which dim stands in each column of ``codes.vectors``.
+
+    A column counts, from its lowest digit: for scores lane, thread, register of the thread; for sums lane, register in
+    a run of up to 8, thread, run; then the chunk of 16 groups.
+    """
+    if name not in SCALAR_BITS and name not in TRELLISES:
+        return torch.arange(head_dim, dtype=torch.int32, device=device)
+    dims = _group_dims(name, head_dim)
+    registers, groups = len(dims), head_dim // dims.numel()
+    chunks = max(1, groups // 16)
+    groups //= chunks
+    own = max(1, min(4, groups // 4))
+    threads, each = groups // own, own * registers
+    if for_scores:
+        shape = (chunks, each, threads, 2)
+        chunk, register, thread, lane = _digits(shape)
+    else:
+        shape = (chunks, -(-each // 8), threads, min(8, each), 2)
+        chunk, run, thread, inside, lane = _digits(shape)
+        register = run * min(8, each) + inside
+    group = chunk * groups + thread * own + register // registers
+    step = dims.numel() if name in TRELLISES else 4
+    return (dims[register % registers, lane] + group * step).int().to(device)
+
+
+def _digits(shape: tuple[int, ...]) -> list[torch.Tensor]:
+    """The digits of 0, 1, 2 ... in this mixed radix, the highest first."""
+    return [digit.flatten() for digit in torch.meshgrid(*map(torch.arange, shape), indexing="ij")]
+
+
+@functools.lru_cache(maxsize=64)
+def table(name: str, device: str = "cpu") -> torch.Tensor:
+    """float16: the levels of a scalar codec by code, or a trellis codebook by value and window; else one zero."""
+    if name in TRELLISES:
+        return codebook(TRELLISES[name]).half().to(device)
+    if name in SCALAR_BITS:
+        return torch.tensor(levels(SCALAR_BITS[name]), dtype=torch.float16, device=device)
+    return torch.zeros(1, dtype=torch.float16, device=device)
