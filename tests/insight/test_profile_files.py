@@ -21,8 +21,8 @@ from safetensors.numpy import save_file
 from tests.insight.routing import dice_trace, model
 from turbomoe.errors import SettingsError
 from turbomoe.files import array_file
-from turbomoe.insight import profile, trace
 from turbomoe.files.array_file import RecordError, save_arrays
+from turbomoe.insight import profile, trace
 from turbomoe.insight.profile import LAGS, Profile, RoutingStats, check_domain
 from turbomoe.insight.trace import Trace
 

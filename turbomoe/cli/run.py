@@ -5,19 +5,27 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from turbomoe.cli.answer import AnswerWriter
+from turbomoe.cli.chat import interrupts
 from turbomoe.cli.loading import Stopwatch, load, make_engine, statistics, statistics_line
 from turbomoe.cli.options import add_common, add_engine, add_model
 from turbomoe.cli.prompts import read_text
 from turbomoe.cli.sampling import add_sampling, check_sampling, sampling_params
+from turbomoe.cli.session import SessionFile, add_session, session_file
 from turbomoe.errors import SettingsError
 from turbomoe.notices import Notice, board
 
 if TYPE_CHECKING:
+    from turbomoe.engine.conversation import Conversation
     from turbomoe.engine.engine import Engine
-    from turbomoe.engine.request import Finish, Request
+    from turbomoe.engine.request import Event, Finish, SamplingParams, Usage
+
+INTERRUPTED = 130
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,6 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--think", choices=("on", "off"), help="switch a thinking model's thoughts on or off")
+    add_session(parser)
     add_sampling(parser)
     add_engine(parser)
     add_common(parser)
@@ -44,30 +53,79 @@ def main(args: argparse.Namespace) -> int:
     if args.raw and (args.system or args.think):
         raise SettingsError("--raw leaves no place for --system and --think", fix="Leave out one or the other")
     text = read_prompt(args)
-    from turbomoe.engine.request import Request
-
+    session = session_file(args)
     model, settings = load(args)
     engine = make_engine(model, settings)
-    ids, opens_thought = prompt_ids(engine, text, args)
-    request = Request(tuple(ids), args.predict, sampling_params(args, model.sampling), tuple(args.stop))
-    watch, writer = Stopwatch(), AnswerWriter(opens_thought, show=not args.json)
-    finish = stream(engine, request, watch, writer)
-    figures = statistics(engine, next(iter(engine.usage.values())), watch)
+    sampling = sampling_params(args, model.sampling)
+    asked = ask_alone(engine, text, sampling, args) if session is None else ask(session, engine, text, sampling, args)
+    watch, writer = Stopwatch(), AnswerWriter(asked.opens_thought, show=not args.json)
+    with asked.interrupts, closing(asked.events):
+        finish = stream(asked.events, watch, writer)
+    figures = statistics(engine, asked.usage(), watch)
     if args.json:
         answer = {"text": writer.answer, "reasoning": writer.reasoning, "finish": finish.value}
         print(json.dumps({"model": model.name, **answer, **figures}))
     else:
         print(statistics_line(figures, finish.value), file=sys.stderr)
     note_cut(finish, engine.ctx_size)
-    return 0
+    return INTERRUPTED if finish.value == "cancelled" else 0
 
 
-def stream(engine: Engine, request: Request, watch: Stopwatch, writer: AnswerWriter) -> Finish:
+@dataclass(frozen=True)
+class Asked:
+    """An answer on its way. Inside ``interrupts`` Ctrl-C may end it as that verb wants; ``usage`` is for afterwards."""
+
+    events: Generator[Event, None, None]
+    opens_thought: bool
+    usage: Callable[[], Usage]
+    interrupts: AbstractContextManager[None] = field(default_factory=nullcontext)
+
+
+def ask_alone(engine: Engine, text: str, sampling: SamplingParams, args: argparse.Namespace) -> Asked:
+    """The prompt and nothing else."""
+    from turbomoe.engine.request import Request
+
+    ids, opens_thought = prompt_ids(engine, text, args)
+    request = Request(tuple(ids), args.predict, sampling, tuple(args.stop))
+    return Asked(engine.stream(request), opens_thought, lambda: next(iter(engine.usage.values())))
+
+
+def ask(
+    session: SessionFile, engine: Engine, text: str, sampling: SamplingParams, args: argparse.Namespace
+) -> Asked:  # fmt: skip
+    """The next turn of a session; the first Ctrl-C ends its answer, which is saved as far as it came."""
+    talk = conversation(engine, args)
+    session.take_up(talk)
+    args.at_exit.insert(0, session.save)
+    events = talk.ask(text, sampling, args.predict, tuple(args.stop))
+    return Asked(events, talk.opens_thought, lambda: talk.usage, interrupts(talk.stop))
+
+
+def conversation(engine: Engine, args: argparse.Namespace) -> Conversation:
+    """A chat, or a text that goes on, as ``run`` would treat the prompt without a session."""
+    from turbomoe.engine.conversation import Conversation
+    from turbomoe.engine.plain_text import PlainText
+
+    tokenizer = engine.model.tokenizer
+    if args.raw or tokenizer is None or not tokenizer.chat_template:
+        talk = PlainText(engine)
+        if not args.raw:
+            note_base_model(args)
+        return talk
+    return Conversation(engine, system=args.system, thinking=thinking(args))
+
+
+def thinking(args: argparse.Namespace) -> bool | None:
+    """What ``--think`` says."""
+    return None if args.think is None else args.think == "on"
+
+
+def stream(events: Generator[Event, None, None], watch: Stopwatch, writer: AnswerWriter) -> Finish:
     """Write the answer while it comes; why it ended."""
     from turbomoe.engine.request import Finish
 
     finish = Finish.CANCELLED
-    for event in engine.stream(request):
+    for event in events:
         if event.token is not None:
             watch.tick()
         writer.write(event.text)
@@ -99,9 +157,8 @@ def prompt_ids(engine: Engine, text: str, args: argparse.Namespace) -> tuple[lis
         return encode_text(tokenizer, text), False
     system = [{"role": "system", "content": args.system}] if args.system else []
     messages = [*system, {"role": "user", "content": text}]
-    thinking = None if args.think is None else args.think == "on"
-    rendered = render_chat(tokenizer, messages, thinking=thinking)
-    return encode_chat(tokenizer, messages, thinking=thinking), rendered.rstrip().endswith(OPEN)
+    rendered = render_chat(tokenizer, messages, thinking=thinking(args))
+    return encode_chat(tokenizer, messages, thinking=thinking(args)), rendered.rstrip().endswith(OPEN)
 
 
 def note_base_model(args: argparse.Namespace) -> None:

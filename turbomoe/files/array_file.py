@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,30 +52,40 @@ class LateArray:
 
 @dataclass(frozen=True)
 class ArrayFile:
-    """An open file whose digest agrees. ``read`` copies one array out of it; valid inside ``open_arrays`` only."""
+    """An open file whose digest agrees. ``read`` copies one array out of it; valid inside ``open_arrays`` only.
+
+    ``table`` has the type (a value of ``TYPE_NAMES``) and the shape of each array.
+    """
 
     header: dict[str, Any]
-    names: frozenset[str]
+    table: dict[str, tuple[str, tuple[int, ...]]]
     read: Callable[[str], Array]
 
 
 def save_arrays(
-    path: str | PathLike[str], kind: str, version: int, header: Mapping[str, Any], arrays: Mapping[str, Any]
-) -> None:
+    path: str | PathLike[str], kind: str, version: int, header: Mapping[str, Any], arrays: Mapping[str, Any],
+    private: bool = False,
+) -> None:  # fmt: skip
     """Write ``header`` and ``arrays`` (numpy's, or late ones) to ``path``, whole or not at all.
 
-    Raises ``files.atomic.WriteError``.
+    A new file that is ``private`` can be read by its owner alone; a file that is replaced keeps its permissions. Raises ``files.atomic.WriteError``.
     """
     late = {name: _late(array) for name, array in arrays.items()}
     metadata = {"format": kind, "version": str(version), "header": json.dumps(header, sort_keys=True)}
     signed = metadata | {"digest": _digest(metadata, late, lambda name: late[name].read())}
-    write_atomically(path, lambda file: _write(file, signed, late))
+
+    def write(file: BinaryIO) -> None:
+        if private:
+            os.fchmod(file.fileno(), 0o600)
+        _write(file, signed, late)
+
+    write_atomically(path, write)
 
 
 def load_arrays(path: str | PathLike[str], kind: str, version: int, largest: int) -> tuple[dict[str, Any], Arrays]:
     """Header and all arrays of a file of ``kind``, as ``open_arrays`` would give them."""
     with open_arrays(path, kind, version, largest) as file:
-        return file.header, {name: file.read(name) for name in sorted(file.names)}
+        return file.header, {name: file.read(name) for name in sorted(file.table)}
 
 
 @contextmanager
@@ -98,7 +109,11 @@ def open_arrays(path: str | PathLike[str], kind: str, version: int, largest: int
     if not isinstance(header, dict):
         raise RecordError(f"Cannot use {name} as {what}: its header is not an object")
     with opened as file:
-        yield ArrayFile(header, frozenset(file.keys()), file.get_tensor)
+        yield ArrayFile(header, {name: _entry(file.get_slice(name)) for name in file.keys()}, file.get_tensor)  # noqa: SIM118
+
+
+def _entry(array: Any) -> tuple[str, tuple[int, ...]]:
+    return array.get_dtype(), tuple(array.get_shape())
 
 
 def _late(array: Any) -> LateArray:
@@ -159,9 +174,9 @@ def _digest(metadata: Mapping[str, str], names: Any, read: Callable[[str], Array
     return hasher.hexdigest()
 
 
-def _bytes(array: Array) -> Array:
+def _bytes(array: Array) -> memoryview:
     """The bytes of an array, without a copy where it is contiguous."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _short(error: Exception) -> str:
