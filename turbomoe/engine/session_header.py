@@ -114,7 +114,8 @@ def _both(pair: Any) -> str:
 
 
 def _flags(names: tuple[str, ...], values: Any) -> str:
-    return " ".join(f"{name} {_short(value)}" for name, value in zip(names, values, strict=False))
+    pairs = zip(names, values if isinstance(values, list) else (), strict=False)
+    return " ".join(f"{name} {_short(value)}" for name, value in pairs) or "what it was written with"
 
 
 def _short(value: Any) -> str:

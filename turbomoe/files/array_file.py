@@ -68,7 +68,8 @@ def save_arrays(
 ) -> None:  # fmt: skip
     """Write ``header`` and ``arrays`` (numpy's, or late ones) to ``path``, whole or not at all.
 
-    A new file that is ``private`` can be read by its owner alone; a file that is replaced keeps its permissions. Raises ``files.atomic.WriteError``.
+    A new file that is ``private`` can be read by its owner alone; a file that is replaced keeps its permissions.
+    Raises ``files.atomic.WriteError``.
     """
     late = {name: _late(array) for name, array in arrays.items()}
     metadata = {"format": kind, "version": str(version), "header": json.dumps(header, sort_keys=True)}
