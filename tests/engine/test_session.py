@@ -369,7 +369,8 @@ def test_four_hundred_mutants_are_refused(models, saved):
 HEADERS: list[tuple[str, Any]] = [
     ("model", None), ("model", []), ("model", {"name": "x"}), ("depends_on", None), ("depends_on", {}),
     ("kind", "poem"), ("kind", None), ("messages", None), ("messages", [1]), ("messages", [{"role": "user"}]),
-    ("messages", [{"role": "user", "content": 3}]), ("seen_text", None), ("messages", {"role": "user"}), ("thinking", "yes"),
+    ("messages", [{"role": "user", "content": 3}]), ("seen_text", None), ("messages", {"role": "user"}),
+    ("thinking", "yes"),
 ]  # fmt: skip
 
 

@@ -41,9 +41,8 @@ def check_folder(path: str) -> None:
     """Raise ``SettingsError`` if no file can be made at ``path``: the end of a long answer is too late to learn it."""
     folder = next(parent for parent in Path(os.path.realpath(path)).parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise SettingsError(
-            f"No session can be saved as {path}: {folder} cannot be written", fix="Choose another place"
-        )
+        why = f"{folder} is no folder that can be written"
+        raise SettingsError(f"No session can be saved as {path}", why=why, fix="Choose another place")
 
 
 class SessionFile:
@@ -72,11 +71,10 @@ class SessionFile:
         from turbomoe.engine.session import session_nbytes
 
         assert self._talk is not None
-        size = session_nbytes(self._talk.engine, self._talk)
-        if size <= CHEAP:
+        if session_nbytes(self._talk.engine, self._talk) <= CHEAP:
             self.save()
             return
-        why = f"it holds {format_bytes(size)}, more than {format_bytes(CHEAP)}"
+        why = f"it holds more than {format_bytes(CHEAP)}"
         board.post(Notice("the session is saved at the end only", why, expected=True))
 
     def save(self) -> None:

@@ -6,20 +6,18 @@ slot. It is refused, and nothing changes, unless its codes mean here what they m
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from turbomoe.engine.conversation import Conversation, Transcript
 from turbomoe.engine.engine import Engine
 from turbomoe.engine.session_arrays import numpy_type, to_numpy, to_tensor
 from turbomoe.engine.session_header import check_memory, check_origin, make_header, read_tokens, read_transcript
 from turbomoe.errors import RequestError
-from turbomoe.files.array_file import Array, ArrayFile, LateArray, RecordError, open_arrays, save_arrays
+from turbomoe.files.array_file import Array, ArrayFile, LateArray, RecordError, kind_of, open_arrays, save_arrays
 from turbomoe.files.atomic import sweep_orphans
 from turbomoe.kv.snapshot import Part, nbytes, parts, restore
 
@@ -76,11 +74,7 @@ def check_replaceable(path: str | PathLike[str]) -> None:
     """Raise ``RecordError`` if something other than a session is at ``path``: it may be somebody's only copy."""
     if not Path(path).exists():
         return
-    found = ""
-    if Path(path).is_file():  # opening a pipe would wait forever
-        with suppress(SafetensorError, OSError), safe_open(fspath(path), framework="numpy") as file:
-            found = (file.metadata() or {}).get("format", "")
-    if found != KIND:
+    if kind_of(path) != KIND:
         fix = "Choose another name: what is there stays as it is"
         raise RecordError(f"Cannot save the session as {fspath(path)}: what is there is no session", fix=fix)
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -26,6 +26,7 @@ from turbomoe.files.atomic import write_atomically
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
+LARGEST_HEAD = 100_000_000  # safetensors' own limit
 # What safetensors calls numpy's types; types that numpy lacks are stored as bits by whoever has them.
 TYPE_NAMES = {
     "|b1": "BOOL", "|u1": "U8", "|i1": "I8", "<u2": "U16", "<i2": "I16", "<u4": "U32", "<i4": "I32", "<u8": "U64",
@@ -111,6 +112,17 @@ def open_arrays(path: str | PathLike[str], kind: str, version: int, largest: int
         raise RecordError(f"Cannot use {name} as {what}: its header is not an object")
     with opened as file:
         yield ArrayFile(header, {name: _entry(file.get_slice(name)) for name in file.keys()}, file.get_tensor)  # noqa: SIM118
+
+
+def kind_of(path: str | PathLike[str]) -> str:
+    """The kind that the head of a file claims, also of one that is cut or damaged further on; "" for other files."""
+    if not Path(path).is_file():  # opening a pipe would wait forever
+        return ""
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError), open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size <= LARGEST_HEAD:
+            return str(json.loads(file.read(size))["__metadata__"]["format"])
+    return ""
 
 
 def _entry(array: Any) -> tuple[str, tuple[int, ...]]:
