@@ -6,9 +6,7 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import pytest
 
 from tests.cli.tiny_chat import Done, Says, Turbomoe
 from turbomoe.cli import session
+from turbomoe.cli.answer import AnswerWriter
 from turbomoe.engine.session import KIND, VERSION
 from turbomoe.files.array_file import load_arrays, save_arrays
 
@@ -89,6 +88,30 @@ def test_what_is_not_cheap_is_saved_at_the_end(talk: Talk, says: Says, file: Pat
     assert done.code == 0 and len(saves) == 1
     assert done.err.count("note: the session is saved at the end only: it holds more than 100 B.") == 1
     assert messages(file) == ["One?", "First.", "Two?", "Second."]
+
+
+def test_a_disk_that_is_full_for_a_while_does_not_end_the_chat(talk: Talk, says: Says, file: Path, monkeypatch) -> None:
+    replace, calls = os.replace, []
+
+    def full_at_first(*names: object) -> None:
+        calls.append(names)
+        if len(calls) == 1:
+            raise OSError(28, "no space left")
+        replace(*names)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "replace", full_at_first)
+    says("First.", "Second.")
+    done = talk("One?", "Two?")
+    assert (done.code, done.out) == (0, "First.\nSecond.\n")
+    assert "note: the session is not saved yet: Cannot write" in done.err and "no space left" in done.err
+    assert len(calls) == 2 and messages(file) == ["One?", "First.", "Two?", "Second."]
+
+
+def test_a_disk_that_stays_full_is_an_error_at_the_end(talk: Talk, says: Says, file: Path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "no space left")))
+    says("First.")
+    done = talk("One?")
+    assert (done.code, done.out) == (1, "First.\n") and not file.exists() and os.listdir(file.parent) == []
 
 
 def test_nothing_said_is_nothing_saved(talk: Talk, says: Says, file: Path) -> None:
@@ -195,36 +218,67 @@ def test_a_session_that_does_not_fit_is_refused_before_a_token(talk: Talk, says:
     assert file.read_bytes() == before[:-1]
 
 
-# Ctrl-C, in a process of its own
+# Ctrl-C
 
 
-def interrupted(path: Path, file: Path, *verb: str, presses: int = 1) -> subprocess.CompletedProcess[str]:
-    """Start an endless answer and press Ctrl-C in the middle of it."""
-    command = [sys.executable, "-m", "turbomoe", *verb, "-m", str(path), *GREEDY, "--session", str(file)]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=0
-    )
-    assert process.stdin and process.stdout and process.stderr
-    process.stdin.write("Tell me!\n")
-    if verb[0] == "run":
-        process.stdin.close()
-    assert process.stdout.read(1)
-    for _ in range(presses):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
-    if verb[0] != "run":
-        process.stdin.close()
-    out, err = process.stdout.read(), process.stderr.read()
-    return subprocess.CompletedProcess(command, process.wait(), out, err)
+@pytest.fixture
+def presses(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Press Ctrl-C so many times when the fourth piece of an answer is written."""
+
+    def press(times: int) -> None:
+        write, pieces = AnswerWriter.write, []
+
+        def pressing(self: AnswerWriter, text: str) -> None:
+            write(self, text)
+            pieces.append(text)
+            for _ in range(times if len(pieces) == 4 else 0):
+                signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(AnswerWriter, "write", pressing)
+
+    return press
 
 
-@pytest.mark.parametrize("verb,code", [("run", 130), ("chat", 0)])
-def test_ctrl_c_ends_the_answer_and_keeps_it(turbomoe: Turbomoe, chat_model: Path, file: Path, verb, code) -> None:
-    done = interrupted(chat_model, file, verb)
-    assert done.returncode == code, done.stderr
+LONG = "A long answer that nobody wants to hear to its end."
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("kv", [(), ("-ctk", "tq3", "-ctv", "tq2")], ids=["bf16", "tq3-tq2"])
+@pytest.mark.parametrize("verb", ["run", "chat"])
+def test_ctrl_c_keeps_what_was_said(
+    turbomoe: Turbomoe, talk: Talk, says: Says, file: Path, presses: Callable[[int], None], verb: str, times: int,
+    kv: tuple,
+) -> None:  # fmt: skip
+    """A second press, between two steps, breaks off the writing but not what was kept."""
+    says(LONG, "Fine.")
+    presses(times)
+    flags = (*GREEDY, "--session", file, "--json", *kv)
+    done = turbomoe("run", "-m", says.path, "One?", *flags) if verb == "run" else talk("One?", flags=flags)
+    assert done.code == (130 if verb == "run" else 0), done.err
     asked, answer = messages(file)
-    assert asked.strip() == "Tell me!" and answer
-    header, arrays = load_arrays(file, KIND, VERSION, 1 << 30)
-    assert len(arrays["ids"]) >= len(arrays["seen_ids"]) - 1 > 10
-    again = turbomoe("run", "-m", chat_model, "And?", "-n", "3", *GREEDY, "--session", file, "--json").json
-    assert again["reused_tokens"] == len(arrays["ids"])
+    assert asked == "One?" and LONG.startswith(answer) and 0 < len(answer) < len(LONG)
+    _, arrays = load_arrays(file, KIND, VERSION, 1 << 30)
+    again = turbomoe("run", "-m", says.path, "Two?", *flags).json
+    assert again["text"] == "Fine." and again["reused_tokens"] == len(arrays["ids"]) >= len(arrays["seen_ids"]) - 1
+
+
+def test_a_step_that_is_broken_off_costs_the_cache_and_says_so(talk: Talk, says: Says, file: Path) -> None:
+    says("First.", LONG, "Third.")
+    talk("One?")
+    calls, shell = [], says.model.shell
+    forward = type(shell).forward
+
+    def interrupted(self: object, **given: object) -> object:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return forward(self, **given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(shell), "forward", interrupted)
+        done = talk("Two?")
+    assert "note: the session is saved without its cache: a step was broken off." in done.err
+    asked = messages(file)
+    assert asked[:3] == ["One?", "First.", "Two?"] and LONG.startswith(asked[3])
+    (turn,) = answers(talk("Three?", flags=("--json",)))
+    assert (turn["text"], turn["reused_tokens"]) == ("Third.", 0)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turbomoe.errors import SettingsError
+from turbomoe.files.atomic import WriteError
 from turbomoe.notices import Notice, board
 from turbomoe.units import format_bytes
 
@@ -71,11 +72,14 @@ class SessionFile:
         from turbomoe.engine.session import session_nbytes
 
         assert self._talk is not None
-        if session_nbytes(self._talk.engine, self._talk) <= CHEAP:
-            self.save()
+        if session_nbytes(self._talk.engine, self._talk) > CHEAP:
+            why = f"it holds more than {format_bytes(CHEAP)}"
+            board.post(Notice("the session is saved at the end only", why, expected=True))
             return
-        why = f"it holds more than {format_bytes(CHEAP)}"
-        board.post(Notice("the session is saved at the end only", why, expected=True))
+        try:
+            self.save()
+        except WriteError as error:  # a full disk is no reason to end a conversation
+            board.post(Notice("the session is not saved yet", str(error).rstrip("."), "it is tried again later"))
 
     def save(self) -> None:
         """Save unless nothing has been said since the last time (or the conversation never began)."""
