@@ -182,6 +182,21 @@ def test_thinking_is_kept_unless_it_is_set_anew(tmp_path):
         assert other.thinking is want
 
 
+def test_a_chat_takes_the_slot_with_the_least_to_lose(tmp_path):
+    talk = conversation_for()
+    hear(talk, "One?", "First.")
+    save_session(talk.engine, talk, tmp_path / "s")
+    ids = talk.engine.slots.known(0)
+    engine = Engine(talk.engine.model, EngineSettings(ctx_size=256, parallel=3, kv=KVSettings("bf16", "bf16")))
+    for prompt in ((5, 6, 7), (8, 9)):
+        answer(engine, list(prompt), 2)
+    left = []
+    for _ in range(3):
+        load_session(engine, Conversation(engine), tmp_path / "s")
+        left.append([known[0] for slot in range(3) if (known := engine.slots.known(slot)) != ids])
+    assert left == [[5, 8], [8], []]  # the empty slot, then the oldest, then the next
+
+
 def test_plain_text_goes_on_token_by_token(tmp_path):
     talk, other = (PlainText(conversation_for("tq3").engine) for _ in range(2))
 

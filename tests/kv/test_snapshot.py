@@ -150,6 +150,23 @@ def test_rows_behind_a_sequence_that_was_cut_back_stay_behind():
     assert all(bool(plane.isfinite().all()) for side in other.attention[0] for plane in side.planes)
 
 
+def test_what_a_slot_held_before_is_wiped():
+    """A short sequence over a longer one: no page too many, and nothing of the old one to be read, NaN least of all."""
+    kv = KVSettings("tq3", "f16", 4, 16)
+    old, new, fresh = cache_for(kv), cache_for(kv), cache_for(kv)
+    feed(old, 0, [30])
+    feed(new, 0, [300])
+    for stored in (
+        x for side in new.attention[0] for x in (side.sinks, side.ring, *side.planes) if x.is_floating_point()
+    ):
+        stored.fill_(torch.nan)
+    for cache in (new, fresh):
+        restore(cache, 0, 30, snapshot(old, 0).__getitem__)
+    assert new.pages.free_pages == fresh.pages.free_pages
+    for a, b in zip(feed(new, 0, [1, 60], seed=2), feed(fresh, 0, [1, 60], seed=2), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("ctx", [16, 99])
 def test_a_context_too_small_changes_nothing(ctx):
     kv = KVSettings("tq3", "tq3", 4, 16)
