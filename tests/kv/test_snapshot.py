@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from turbomoe.config import KVSettings
 from turbomoe.errors import ContextFullError
 from turbomoe.kv.cache import KVCache
-from turbomoe.kv.codecs import make_codec
+from turbomoe.kv.codecs import CODECS, make_codec
 from turbomoe.kv.means import KVMeans
 from turbomoe.kv.shape import AttentionShape, RecurrentShape
 from turbomoe.kv.snapshot import depends_on, nbytes, parts, restore
@@ -87,7 +87,16 @@ def in_use(kv: KVSettings, ctx: int, slots: int) -> KVCache:
 @pytest.mark.parametrize("sink,recent", [(0, 0), (4, 16), (0, 16), (7, 0), (64, 128)])
 @pytest.mark.parametrize("type_k,type_v", TYPES)
 def test_a_slot_moves_to_another_cache_and_goes_on_the_same(type_k, type_v, sink, recent, chunks):
-    kv = KVSettings(type_k, type_v, sink, recent)
+    moves(KVSettings(type_k, type_v, sink, recent), chunks)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_every_codec_moves(name):
+    moves(KVSettings(name, name, 4, 16), [90, 1])
+
+
+def moves(kv: KVSettings, chunks: list[int]) -> None:
+    """Out of one cache, into another, and on in both with the same tokens."""
     old, new = cache_for(kv), in_use(kv, ctx=700, slots=4)
     feed(old, 1, chunks)
     arrays, neighbour = snapshot(old, 1), snapshot(new, 0)
