@@ -13,6 +13,7 @@ from tools.module_map import BEGIN, first_sentence, insert, module_list
 from turbomoe import __version__
 from turbomoe.cli.main import build_parser
 from turbomoe.cli.options import add_common, add_engine, add_model
+from turbomoe.cli.session import add_session
 from turbomoe.config import EngineSettings
 from turbomoe.files.blocks import FORMATS
 from turbomoe.kv.codecs import CODECS
@@ -79,7 +80,7 @@ def table() -> dict[str, str]:
 
 def test_the_flags_of_the_table_exist() -> None:
     parser = argparse.ArgumentParser()
-    for add in (add_common, add_model, add_engine):
+    for add in (add_common, add_model, add_engine, add_session):
         add(parser)
     assert len(table()) >= 12
     assert set(table()) <= set(parser._option_string_actions)

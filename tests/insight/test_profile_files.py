@@ -20,8 +20,9 @@ from safetensors.numpy import save_file
 
 from tests.insight.routing import dice_trace, model
 from turbomoe.errors import SettingsError
-from turbomoe.insight import array_file, profile, trace
-from turbomoe.insight.array_file import RecordError, save_arrays
+from turbomoe.files import array_file
+from turbomoe.files.array_file import RecordError, save_arrays
+from turbomoe.insight import profile, trace
 from turbomoe.insight.profile import LAGS, Profile, RoutingStats, check_domain
 from turbomoe.insight.trace import Trace
 

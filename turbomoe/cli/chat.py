@@ -17,6 +17,7 @@ from turbomoe.cli.loading import Stopwatch, load, make_engine, statistics, stati
 from turbomoe.cli.options import add_common, add_engine, add_model
 from turbomoe.cli.prompts import questions
 from turbomoe.cli.sampling import add_sampling, check_sampling, sampling_params
+from turbomoe.cli.session import SessionFile, add_session, session_file
 from turbomoe.errors import ContextFullError, RequestError
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_model(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--think", choices=("on", "off"), help="switch a thinking model's thoughts on or off")
+    add_session(parser)
     add_sampling(parser)
     add_engine(parser)
     add_common(parser)
@@ -55,13 +57,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def main(args: argparse.Namespace) -> int:
     """Load the model and talk until the user leaves."""
     check_sampling(args)
+    session = session_file(args)
     from turbomoe.engine.conversation import Conversation
 
     model, settings = load(args)
     thinking = None if args.think is None else args.think == "on"
     conversation = Conversation(make_engine(model, settings), system=args.system, thinking=thinking)
+    if session is not None:
+        session.take_up(conversation)
+        args.at_exit.insert(0, session.save)
     print(f"{model.name}, {conversation.engine.ctx_size} tokens of context. /help shows the commands.", file=sys.stderr)
-    Chat(conversation, sampling_params(args, model.sampling), args.predict, json_lines=args.json).loop(questions())
+    sampling = sampling_params(args, model.sampling)
+    Chat(conversation, sampling, args.predict, json_lines=args.json, session=session).loop(questions())
     return 0
 
 
@@ -83,7 +90,11 @@ def interrupts(stop: Callable[[], None]) -> Iterator[None]:
 class Chat:
     """Reads questions and commands, streams answers."""
 
-    def __init__(self, conversation: Conversation, sampling: SamplingParams, limit: int, json_lines: bool) -> None:
+    def __init__(
+        self, conversation: Conversation, sampling: SamplingParams, limit: int, json_lines: bool,
+        session: SessionFile | None = None,
+    ) -> None:  # fmt: skip
+        self.session = session
         self.conversation, self.sampling, self.limit, self.json_lines = conversation, sampling, limit, json_lines
         self.show_statistics = True
         self.unanswered: str | None = None  # a question that was refused or stopped before its first word
@@ -151,6 +162,8 @@ class Chat:
         finish = self._stream(events, watch, writer)
         self.unanswered = text if finish == "cancelled" and not watch.tokens else None
         self._report(finish, watch, writer)
+        if self.session is not None:
+            self.session.answered()
 
     def _stream(self, events: Generator[Event, None, None], watch: Stopwatch, writer: AnswerWriter) -> str:
         """Write what comes; why it ended."""

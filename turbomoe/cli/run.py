@@ -5,19 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Generator
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from turbomoe.cli.answer import AnswerWriter
+from turbomoe.cli.asking import ask, ask_alone
 from turbomoe.cli.loading import Stopwatch, load, make_engine, statistics, statistics_line
+from turbomoe.cli.main import INTERRUPTED
 from turbomoe.cli.options import add_common, add_engine, add_model
 from turbomoe.cli.prompts import read_text
 from turbomoe.cli.sampling import add_sampling, check_sampling, sampling_params
+from turbomoe.cli.session import add_session, session_file
 from turbomoe.errors import SettingsError
 from turbomoe.notices import Notice, board
 
 if TYPE_CHECKING:
-    from turbomoe.engine.engine import Engine
-    from turbomoe.engine.request import Finish, Request
+    from turbomoe.engine.request import Event, Finish
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,6 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--think", choices=("on", "off"), help="switch a thinking model's thoughts on or off")
+    add_session(parser)
     add_sampling(parser)
     add_engine(parser)
     add_common(parser)
@@ -44,30 +49,30 @@ def main(args: argparse.Namespace) -> int:
     if args.raw and (args.system or args.think):
         raise SettingsError("--raw leaves no place for --system and --think", fix="Leave out one or the other")
     text = read_prompt(args)
-    from turbomoe.engine.request import Request
-
+    session = session_file(args)
     model, settings = load(args)
     engine = make_engine(model, settings)
-    ids, opens_thought = prompt_ids(engine, text, args)
-    request = Request(tuple(ids), args.predict, sampling_params(args, model.sampling), tuple(args.stop))
-    watch, writer = Stopwatch(), AnswerWriter(opens_thought, show=not args.json)
-    finish = stream(engine, request, watch, writer)
-    figures = statistics(engine, next(iter(engine.usage.values())), watch)
+    sampling = sampling_params(args, model.sampling)
+    asked = ask_alone(engine, text, sampling, args) if session is None else ask(session, engine, text, sampling, args)
+    watch, writer = Stopwatch(), AnswerWriter(asked.opens_thought, show=not args.json)
+    with asked.interrupts, closing(asked.events):
+        finish = stream(asked.events, watch, writer)
+    figures = statistics(engine, asked.usage(), watch)
     if args.json:
         answer = {"text": writer.answer, "reasoning": writer.reasoning, "finish": finish.value}
         print(json.dumps({"model": model.name, **answer, **figures}))
     else:
         print(statistics_line(figures, finish.value), file=sys.stderr)
     note_cut(finish, engine.ctx_size)
-    return 0
+    return INTERRUPTED if finish.value == "cancelled" else 0
 
 
-def stream(engine: Engine, request: Request, watch: Stopwatch, writer: AnswerWriter) -> Finish:
+def stream(events: Generator[Event, None, None], watch: Stopwatch, writer: AnswerWriter) -> Finish:
     """Write the answer while it comes; why it ended."""
     from turbomoe.engine.request import Finish
 
     finish = Finish.CANCELLED
-    for event in engine.stream(request):
+    for event in events:
         if event.token is not None:
             watch.tick()
         writer.write(event.text)
@@ -81,36 +86,6 @@ def note_cut(finish: Finish, ctx_size: int) -> None:
     if finish.value == "context":
         why = f"the context of {ctx_size} tokens is full"
         board.post(Notice("the answer was cut", why, avoid="use a larger --ctx-size"))
-
-
-def prompt_ids(engine: Engine, text: str, args: argparse.Namespace) -> tuple[list[int], bool]:
-    """Tokens of the prompt, and whether it leaves the model inside a thought."""
-    from turbomoe.engine.reasoning import OPEN
-    from turbomoe.errors import ModelError
-    from turbomoe.upstream.prompts import encode_chat, encode_text, render_chat
-
-    tokenizer = engine.model.tokenizer
-    if tokenizer is None:
-        raise ModelError(f"{engine.model.name} has no tokenizer and cannot read text")
-    if args.raw:
-        return encode_text(tokenizer, text), False
-    if not tokenizer.chat_template:
-        note_base_model(args)
-        return encode_text(tokenizer, text), False
-    system = [{"role": "system", "content": args.system}] if args.system else []
-    messages = [*system, {"role": "user", "content": text}]
-    thinking = None if args.think is None else args.think == "on"
-    rendered = render_chat(tokenizer, messages, thinking=thinking)
-    return encode_chat(tokenizer, messages, thinking=thinking), rendered.rstrip().endswith(OPEN)
-
-
-def note_base_model(args: argparse.Namespace) -> None:
-    """Say that there is no chat; an error under ``--strict`` only where a flag is lost by it."""
-    lost = " and ".join(flag for flag, value in (("--system", args.system), ("--think", args.think)) if value)
-    why = "the model has no chat template (a base model)"
-    if lost:
-        board.post(Notice(f"{lost} has no effect", why, avoid=f"leave {lost} out or take an instruction-tuned model"))
-    board.post(Notice("the prompt is completed as plain text", why, expected=True))
 
 
 def read_prompt(args: argparse.Namespace) -> str:

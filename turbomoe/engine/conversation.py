@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from turbomoe.engine.engine import Engine
 from turbomoe.engine.reasoning import OPEN
@@ -11,6 +12,9 @@ from turbomoe.engine.request import Event, Finish, Request, SamplingParams, Usag
 from turbomoe.errors import ModelError
 from turbomoe.notices import Notice, board
 from turbomoe.upstream.prompts import encode_chat, encode_text, render_chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
 READ_AGAIN = Notice(
@@ -22,7 +26,7 @@ READ_AGAIN = Notice(
 
 
 @dataclass
-class _Turn:
+class Turn:
     """One exchange on its way: what was asked, the prompt it became, and what came back so far."""
 
     messages: list[Message]
@@ -33,6 +37,17 @@ class _Turn:
     drawn: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Transcript:
+    """All of a conversation but its memory: what a session keeps beside the KV cache. ``kind`` is chat or text."""
+
+    kind: str
+    messages: list[Message]
+    thinking: bool | None
+    seen_ids: list[int]
+    seen_text: str
+
+
 class Conversation:
     """Messages so far, and the exact tokens that the model has seen for them.
 
@@ -40,15 +55,20 @@ class Conversation:
     only the rest is tokenised and appended, so the tokens of old answers stay as they were drawn.
     """
 
+    kind = "chat"
+
     def __init__(self, engine: Engine, *, system: str | None = None, thinking: bool | None = None) -> None:
         if engine.model.tokenizer is None:
             raise ModelError("This model has no tokenizer and cannot chat")
         if not engine.model.tokenizer.chat_template:
             fix = "Complete plain text with turbomoe run, or take the instruction-tuned version of the model"
             raise ModelError(f"{engine.model.name} has no chat template: it is a base model and cannot chat", fix=fix)
-        self.engine, self.tokenizer = engine, engine.model.tokenizer
-        self.thinking = thinking
-        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
+        self._begin(engine, engine.model.tokenizer, thinking)
+        self.messages += [{"role": "system", "content": system}] if system else []
+
+    def _begin(self, engine: Engine, tokenizer: PreTrainedTokenizerBase, thinking: bool | None) -> None:
+        self.engine, self.tokenizer, self.thinking = engine, tokenizer, thinking
+        self.messages: list[Message] = []
         self.usage = Usage()
         self.opens_thought = False  # whether the prompt of the last turn ended inside a thought
         self._seen_ids: list[int] = []
@@ -56,15 +76,17 @@ class Conversation:
         self._open: int | None = None  # the request under way
         self._stopped = False
 
-    def ask(self, text: str, sampling: SamplingParams, max_tokens: int = 0) -> Generator[Event, None, None]:
+    def ask(
+        self, text: str, sampling: SamplingParams, max_tokens: int = 0, stop: tuple[str, ...] = ()
+    ) -> Generator[Event, None, None]:
         """Stream the answer to ``text``. The turn is kept when it ends, also when cut short by closing the iterator.
 
         A turn that is cut short before the first token, or fails, is not kept. Raises ``ContextFullError`` when the
         conversation does not fit the context, ``RequestError`` for other refusals; then nothing has changed.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
-        turn = _Turn(messages, *self._prompt(messages))
-        request = Request(tuple(turn.prompt), max_tokens=max_tokens, sampling=sampling)
+        turn = Turn(messages, *self._prompt(messages))
+        request = Request(tuple(turn.prompt), max_tokens, sampling, stop)
         if self._open is not None:  # an answer that nobody began to read
             self._close(self._open)
         turn.request_id = self._open = self.engine.submit(request)
@@ -99,7 +121,23 @@ class Conversation:
         self._forget_seen()
         return asked
 
-    def _answer(self, turn: _Turn) -> Generator[Event, None, None]:
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is on its way."""
+        return self._open is not None
+
+    def transcript(self) -> Transcript:
+        """What has been said and seen so far."""
+        messages = [dict(message) for message in self.messages]
+        return Transcript(self.kind, messages, self.thinking, list(self._seen_ids), self._seen_text)
+
+    def resume(self, transcript: Transcript) -> None:
+        """Go on where ``transcript`` ended; a switch for thinking that was set here stays as it is."""
+        self.messages = [dict(message) for message in transcript.messages]
+        self.thinking = transcript.thinking if self.thinking is None else self.thinking
+        self._seen_ids, self._seen_text = list(transcript.seen_ids), transcript.seen_text
+
+    def _answer(self, turn: Turn) -> Generator[Event, None, None]:
         finish: Finish | None = None
         failed = False
         try:
@@ -124,11 +162,14 @@ class Conversation:
         self._open = None
         return rest
 
-    def _keep(self, turn: _Turn) -> None:
-        self.messages = [*turn.messages, {"role": "assistant", "content": turn.shown}]
+    def _keep(self, turn: Turn) -> None:
+        self._remember(turn)
         self._seen_ids = [*turn.prompt, *turn.drawn]
         said = self.tokenizer.decode(turn.drawn, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         self._seen_text = turn.prompt_text + str(said)
+
+    def _remember(self, turn: Turn) -> None:
+        self.messages = [*turn.messages, {"role": "assistant", "content": turn.shown}]
 
     def _forget_seen(self) -> None:
         self._seen_ids, self._seen_text = [], ""

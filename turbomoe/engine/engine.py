@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from itertools import count
 
 import torch
@@ -114,7 +114,7 @@ class Engine:
         self._retire(events)
         return events
 
-    def stream(self, request: Request) -> Iterator[Event]:
+    def stream(self, request: Request) -> Generator[Event, None, None]:
         """Submit one request and yield its events; closing the iterator early cancels it."""
         request_id, done = self.submit(request), False
         try:

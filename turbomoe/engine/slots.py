@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from turbomoe.errors import RequestError
 from turbomoe.kv.cache import KVCache
 
 
@@ -49,6 +50,30 @@ class SlotPool:
         """Return a slot and drop its memory."""
         self.memory.release(slot)
         self._idle[slot] = []
+
+    def known(self, slot: int) -> list[int]:
+        """The tokens that the memory of an idle slot holds. Raises ``RequestError`` for any other number."""
+        if slot not in self._idle:
+            raise RequestError(f"Slot {slot} is running a request or does not exist", fix="Wait for its end")
+        return list(self._idle[slot])
+
+    def knowing(self, ids: Sequence[int]) -> int | None:
+        """The idle slot whose memory shares the longest beginning with ``ids``; None where none shares any."""
+        slot = max(self._idle, key=lambda s: common_prefix(self._idle[s], ids), default=None)
+        return slot if slot is not None and common_prefix(self._idle[slot], ids) else None
+
+    def spare(self) -> int:
+        """The idle slot with the least to lose: an empty one, else the oldest. Raises ``RequestError`` without any."""
+        if not self._idle:
+            raise RequestError(
+                "Every sequence slot is running a request", fix="Wait for one to end, or raise --parallel"
+            )
+        return min(self._idle, key=lambda s: bool(self._idle[s]))
+
+    def replace(self, slot: int, ids: Sequence[int]) -> None:
+        """The memory of an idle slot has been replaced by one that holds ``ids``: it is now the newest."""
+        del self._idle[slot]
+        self.give_back(slot, ids)
 
     def _reusable(self, known: Sequence[int], prompt: Sequence[int]) -> int:
         same = min(common_prefix(known, prompt), len(prompt) - 1)

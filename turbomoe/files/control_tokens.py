@@ -36,6 +36,10 @@ class ControlTokens:
         """Ids of ``text`` with what the model family puts around a prompt (BOS), no other special token."""
         return list(self.at_start.encode(text).ids)
 
+    def encode_more(self, text: str) -> list[int]:
+        """Ids of ``text`` that goes on where a prompt ended, without special tokens."""
+        return list(self.inside.encode(text, add_special_tokens=False).ids)
+
     def hide(self, value: Any, mark: str) -> Any:
         """A copy of nested messages with ``mark`` after the first sign of every control token.
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from turbomoe.errors import SettingsError
-from turbomoe.insight.array_file import RecordError, load_arrays, save_arrays
+from turbomoe.files.array_file import RecordError, load_arrays, save_arrays
 from turbomoe.insight.profile_model import RoutedModel, read_model
 
 KIND, VERSION = "turbomoe-expert-profile", 1

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from turbomoe.errors import ModelError
-from turbomoe.insight.array_file import RecordError
+from turbomoe.files.array_file import RecordError
 
 if TYPE_CHECKING:
     from turbomoe.models.base import LoadedModel

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from turbomoe.experts.base import Phase
-from turbomoe.insight.array_file import RecordError, load_arrays, save_arrays
+from turbomoe.files.array_file import RecordError, load_arrays, save_arrays
 from turbomoe.insight.profile_model import RoutedModel, read_model
 
 KIND, VERSION = "turbomoe-expert-trace", 1

@@ -31,6 +31,7 @@ class Codec(ABC):
 
     name: str
     rotated: bool  # wants centred vectors in the rotated domain, and decodes into it
+    version: int = 1  # part of every saved cache: raised when the same name comes to mean other bytes
     stride: int = 1  # values of one coordinate group in ``read``: see there
 
     def __init__(self, head_dim: int) -> None:

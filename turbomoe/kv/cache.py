@@ -50,6 +50,7 @@ class KVCache:
         self.attention: dict[int, tuple[Side, Side]] = {}
         self.recurrent: dict[int, RecurrentState] = {}
         self.observer: Observer | None = None
+        self.means_digest: str | None = None  # of what the codes lack; None when nothing is subtracted
         self.step: Step | None = None
         self._active: list[int] = []
         self._groups: list[tuple[list[int], SideGroup, SideGroup]] = []
@@ -84,6 +85,7 @@ class KVCache:
                     if missing := [layer for layer in layers if layer not in table]:
                         raise IntegrityError(f"The means lack layer {missing[0]}")
                     group.set_means([table[layer].to(self.device, torch.float32) for layer in layers])
+                    self.means_digest = means.digest
 
     def reserve(self, slot: int, length: int) -> None:
         """Make room for ``length`` tokens in ``slot``. Raises ``ContextFullError``; then nothing has changed."""

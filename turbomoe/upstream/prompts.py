@@ -37,6 +37,12 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, allow_special:
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
+def encode_more(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of plain text that goes on where a prompt ended: no BOS. Raises as ``encode_text``."""
+    _check_unicode(text)
+    return _control(tokenizer).encode_more(text)
+
+
 def render_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],

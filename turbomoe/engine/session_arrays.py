@@ -1,0 +1,27 @@
+"""Tensors as numpy arrays and back, bit by bit: types that numpy lacks travel as unsigned integers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+BITS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8}
+
+
+def numpy_type(dtype: torch.dtype) -> np.dtype[Any]:
+    """The type under which tensors of ``dtype`` are stored."""
+    return torch.empty(0, dtype=BITS.get(dtype, dtype)).numpy().dtype
+
+
+def to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """The bits of a tensor on any device."""
+    here = tensor.contiguous().cpu()
+    return here.view(BITS.get(here.dtype, here.dtype)).numpy()
+
+
+def to_tensor(array: npt.NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
+    """The tensor of ``dtype`` that ``array`` holds the bits of."""
+    return torch.from_numpy(array).view(dtype)
