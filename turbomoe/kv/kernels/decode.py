@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from turbomoe.kv.kernels.codes import row_order, vectors
 
@@ -94,7 +95,9 @@ def _scales(scales, page, h, KV_HEADS: tl.constexpr, SCALED: tl.constexpr):
 
 
 @triton.jit
-def _fold(top, total, far, scores, v, v_scale, SCALED: tl.constexpr, PRECISION: tl.constexpr):
+def _fold(
+    top, total, far, scores, v, v_scale, SCALED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
     """One tile into a running softmax: scores [N, QUERIES] in log2 units, values [N, D]; far [D, QUERIES].
 
     ``total`` [N, QUERIES] is summed over its rows at the end: a sum between the warps in every tile costs two barriers.
@@ -111,18 +114,22 @@ def _fold(top, total, far, scores, v, v_scale, SCALED: tl.constexpr, PRECISION: 
         weights = tl.where((v_scale > 0)[:, None], weights, 0.0)
     else:
         total = total * shrink[None, :] + weights
-    far = tl.dot(tl.trans(v), weights.to(v.dtype), far * shrink[None, :], input_precision=PRECISION)
+    far = far * shrink[None, :]
+    if EXACT:
+        far += tl.trans(tl.dot(tl.trans(weights.to(v.dtype)), v, input_precision=PRECISION))
+    else:
+        far = tl.dot(tl.trans(v), weights.to(v.dtype), far)
     return new, total, far
 
 
 @triton.jit
-def _leave(part_top, part_total, part_far, part, top, total, far, dims, D: tl.constexpr):
-    """Store what a part has found, its values as their mean; ``dims`` [D] says which dim each row of far is."""
-    q, total = tl.arange(0, QUERIES), tl.sum(total, 0)
+def _leave(part_top, part_total, part_far, part, top, total, far, D: tl.constexpr):
+    """Store what a part has found: ``far`` [QUERIES, D], in its own order of columns, as a mean of values."""
+    q = tl.arange(0, QUERIES)
     tl.store(part_top + part * QUERIES + q, top)
     tl.store(part_total + part * QUERIES + q, total)
-    mean = far * (1.0 / tl.where(total > 0, total, 1.0))[None, :]
-    tl.store(part_far + part * QUERIES * D + q[None, :] * D + dims[:, None], mean.to(tl.float16))
+    mean = far * (1.0 / tl.where(total > 0, total, 1.0))[:, None]
+    tl.store(part_far + part * QUERIES * D + q[:, None] * D + tl.arange(0, D)[None, :], mean.to(tl.float16))
 
 
 @triton.jit
@@ -150,8 +157,10 @@ def _pages(
     factor = tl.load(factors + row, mask=mine, other=0.0)
     offset = tl.load(offsets + row, mask=mine, other=0.0) if HAS_MEAN else tl.zeros((QUERIES,), tl.float32)
     v_order = tl.load(v_dims + tl.arange(0, D))
-    V_SCALED: tl.constexpr = V_KIND != "bf16" and V_KIND != "f16" and V_KIND != "f32" and V_KIND != "q8_0"
-    K_SCALED: tl.constexpr = K_KIND != "bf16" and K_KIND != "f16" and K_KIND != "f32" and K_KIND != "q8_0"
+    V_EXACT: tl.constexpr = V_KIND == "bf16" or V_KIND == "f16" or V_KIND == "f32"
+    K_EXACT: tl.constexpr = K_KIND == "bf16" or K_KIND == "f16" or K_KIND == "f32"
+    V_SCALED: tl.constexpr = not V_EXACT and V_KIND != "q8_0"
+    K_SCALED: tl.constexpr = not K_EXACT and K_KIND != "q8_0"
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((PAGE, QUERIES), tl.float32)
     far = tl.zeros((D, QUERIES), tl.float32)
@@ -167,16 +176,20 @@ def _pages(
         at = (tl.load(row_of_table + tile) * KV_HEADS + h) * PAGE
         seen = tile * PAGE + row_order(n) < coded
         k = _tile(k_codes, k_scales, at, seen, dims, k_table, D, K_KIND, K_WIDTH, True, ASM)
-        scores = tl.dot(k, tl.trans(queries), input_precision=PRECISION) * factor[None, :]
+        if K_EXACT:
+            # Queries first, too few of them for wgmma: handed a loaded tile, that reads beyond it (triton 3.6, sm_90).
+            scores = tl.trans(tl.dot(queries, tl.trans(k), input_precision=PRECISION)) * factor[None, :]
+        else:
+            scores = tl.dot(k, tl.trans(queries)) * factor[None, :]
         if K_SCALED:
             scores = scores * k_scale.to(tl.float32)[:, None]
         scores = tl.where(seen[:, None], scores + offset[None, :], float("-inf"))
         v = _tile(v_codes, v_scales, at, seen, v_order, v_table, D, V_KIND, V_WIDTH, False, ASM)
         # Rows that nobody has written yet may hold any scale, NaN too.
         sure = tl.where(seen, v_scale.to(tl.float32), 1.0)
-        top, total, far = _fold(top, total, far, scores, v, sure, V_SCALED, PRECISION)
+        top, total, far = _fold(top, total, far, scores, v, sure, V_SCALED, V_EXACT, PRECISION)
         next_page, k_scale, v_scale = page_after, next_k_scale, next_v_scale
-    _leave(part_top, part_total, part_far, part, top, total, far, v_order, D)
+    _leave(part_top, part_total, part_far, part, top, tl.sum(total, 0), tl.trans(far), D)
 
 
 @triton.jit
@@ -207,14 +220,13 @@ def _windows(
     seen = tl.where(index < SINK, index < start, (index < SINK + RECENT) & (position >= SINK) & (start > 0))
     seen = seen | (index == SINK + RECENT)
     k = _exact(k_sinks, k_ring, k_fresh, slot, b, h, index, seen, KV_HEADS, D, SINK, RECENT)
-    scores = tl.dot(k.to(queries.dtype), tl.trans(queries), input_precision=PRECISION) * (scale * LOG2E)
-    scores = tl.where(seen[:, None], scores, float("-inf"))
-    v = _exact(v_sinks, v_ring, v_fresh, slot, b, h, index, seen, KV_HEADS, D, SINK, RECENT)
-    top = tl.full((QUERIES,), float("-inf"), tl.float32)
-    total = tl.zeros((PAGE, QUERIES), tl.float32)
-    far = tl.zeros((D, QUERIES), tl.float32)
-    top, total, far = _fold(top, total, far, scores, v.to(queries.dtype), 1.0, False, PRECISION)
-    _leave(part_top, part_total, part_far, part, top, total, far, d, D)
+    scores = tl.dot(queries, tl.trans(k.to(queries.dtype)), input_precision=PRECISION) * (scale * LOG2E)
+    scores = tl.where(seen[None, :], scores, float("-inf"))
+    top = tl.max(scores, 1)
+    weights = tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
+    v = _exact(v_sinks, v_ring, v_fresh, slot, b, h, index, seen, KV_HEADS, D, SINK, RECENT).to(queries.dtype)
+    far = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+    _leave(part_top, part_total, part_far, part, top, tl.sum(weights, 1), far, D)
 
 
 @triton.jit
@@ -226,10 +238,12 @@ def attend(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SINK: tl.constexpr,
     RECENT: tl.constexpr, BEHIND: tl.constexpr, K_KIND: tl.constexpr, V_KIND: tl.constexpr, K_WIDTH: tl.constexpr,
     V_WIDTH: tl.constexpr, HAS_MEAN: tl.constexpr, SPLITS: tl.constexpr, WINDOWS: tl.constexpr,
-    STAGES: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (SPLITS + WINDOWS, B * KV_HEADS). Positions below start - BEHIND + SINK ... are in pages; see ``Side``."""
     index, b, h = tl.program_id(0), tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
+    if EARLY:
+        gdc_wait()
     part = tl.program_id(1) * (SPLITS + WINDOWS) + index
     if index < SPLITS:
         _pages(
@@ -247,44 +261,44 @@ def attend(
 
 
 @triton.jit
-def _merge_parts(part_top, part_total, part_far, first, last, top, row, query, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Parts [first, last) of a head, relative to the maximum ``top``: their sum, and their values [D]."""
-    d, i = tl.arange(0, D), tl.arange(0, BLOCK)
-    total, values = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK, D), tl.float32)
-    for at in tl.range(first, last, BLOCK, num_stages=3):
-        inside = at + i < last
-        place = (row + at + i) * QUERIES + query
-        weight = tl.exp2(tl.load(part_top + place, mask=inside, other=float("-inf")) - top)
-        weight = weight * tl.load(part_total + place, mask=inside, other=0.0)
-        total += weight
-        far = tl.load(part_far + place[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
-        values += weight[:, None] * far.to(tl.float32)
-    return tl.sum(total, 0), tl.sum(values, 0)
-
-
-@triton.jit
 def combine(
-    out, part_top, part_total, part_far, starts, slots, signs, mean, k_sinks, k_ring, k_fresh, v_sinks, v_ring, v_fresh,
+    out, part_top, part_total, part_far, v_columns, starts, slots, signs, mean, k_sinks, k_ring, k_fresh, v_sinks, v_ring, v_fresh,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SINK: tl.constexpr,
     RECENT: tl.constexpr, BEHIND: tl.constexpr, SPLITS: tl.constexpr, WINDOWS: tl.constexpr, PARTS: tl.constexpr, ROTATED: tl.constexpr,
-    HAS_MEAN: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_MEAN: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One query head a program: float32 out [B, HEADS, D]. The first of a group also stores the new token."""
     b, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    if EARLY:
+        gdc_wait()
     h, query = head // GROUP, head % GROUP
     row = (b * KV_HEADS + h) * (SPLITS + WINDOWS)
-    d, p = tl.arange(0, D), tl.arange(0, PARTS)
-    every = tl.load(part_top + (row + p) * QUERIES + query, mask=p < SPLITS + WINDOWS, other=float("-inf"))
-    top = tl.max(every, 0)
+    d, i, p = tl.arange(0, D), tl.arange(0, BLOCK), tl.arange(0, PARTS)
     tiles = tl.cdiv(tl.maximum(tl.load(starts + b) - BEHIND, 0), PAGE)
     used = tl.minimum(tl.cdiv(tiles, tiles_each(tiles, SPLITS)), SPLITS)
-    coded_total, coded = _merge_parts(part_top, part_total, part_far, 0, used, top, row, query, D, BLOCK)
-    total, plain = _merge_parts(part_top, part_total, part_far, SPLITS, SPLITS + WINDOWS, top, row, query, D, BLOCK)
+    every = tl.load(part_top + (row + p) * QUERIES + query, mask=p < SPLITS + WINDOWS, other=float("-inf"))
+    top = tl.max(every, 0)
+    total, coded_total = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    plain, coded = tl.zeros((BLOCK, D), tl.float32), tl.zeros((BLOCK, D), tl.float32)
+    for first in tl.range(0, used + WINDOWS, BLOCK, num_stages=2):
+        part = first + i
+        inside, is_coded = part < used + WINDOWS, part < used
+        place = (row + tl.where(is_coded, part, SPLITS + part - used)) * QUERIES + query
+        far = tl.load(part_far + place[:, None] * D + d[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+        weight = tl.exp2(tl.load(part_top + place, mask=inside, other=float("-inf")) - top)
+        weight = weight * tl.load(part_total + place, mask=inside, other=0.0)
+        coded_weight = tl.where(is_coded, weight, 0.0)
+        total, coded_total = total + weight, coded_total + coded_weight
+        plain += (weight - coded_weight)[:, None] * far
+        coded += coded_weight[:, None] * far
+    plain, coded = tl.sum(plain, 0), tl.sum(coded, 0)
+    total, coded_total = tl.sum(total, 0), tl.sum(coded_total, 0)
+    coded = tl.gather(coded, tl.load(v_columns + d), 0)
     if ROTATED:
         coded = butterflies(coded, D) * tl.load(signs + d)
     if HAS_MEAN:
         coded += coded_total * tl.load(mean + h * D + d)
-    tl.store(out + tl.program_id(0) * D + d, (coded + plain) / (coded_total + total))
+    tl.store(out + tl.program_id(0) * D + d, (coded + plain) / total)
     if query == 0 and SINK + RECENT > 0:
         start, slot = tl.load(starts + b), tl.load(slots + b)
         k = tl.load(k_fresh + (b * KV_HEADS + h) * D + d)

@@ -15,6 +15,7 @@ from turbomoe.kv.layer import Side, Step
 from turbomoe.kv.pages import PAGE_TOKENS
 
 PROGRAMS_PER_SM = 3
+EARLY, BLOCK = True, 64
 WARPS, REGISTERS, STAGES = 4, 168, 3  # registers a thread so that three programs fit an SM
 
 
@@ -48,6 +49,7 @@ def attend_one(
         values.keep(value, step)
     device, rows = query.device, batch * heads
     asm = asm and not interpreted()
+    early = EARLY and asm
     capacity = step.pages.shape[1] if keys.codec is not None else 1
     splits = max(1, min(capacity, PROGRAMS_PER_SM * _processors(device) // (batch * kv_heads)))
     windows = 0 if paged else triton.cdiv(keys.sink + keys.recent + 1, PAGE_TOKENS)
@@ -68,18 +70,18 @@ def attend_one(
     behind = -1 if paged else keys.sink + keys.recent
     precision = "ieee" if torch.float32 in (keys.exact_dtype, values.exact_dtype) else "tf32"
     decode.attend[(splits + windows, batch * kv_heads)](
-        query, turned, factors, offsets, step.starts, step.slots, step.pages, *k, keys.sinks, keys.ring, key,
-        *v, values.sinks, values.ring, value, tops, totals, far, scale, step.pages.shape[1], query.stride(0),
+        query, turned, factors, offsets, step.starts, step.slots, step.pages, *k[:4], keys.sinks, keys.ring, key,
+        *v[:4], values.sinks, values.ring, value, tops, totals, far, scale, step.pages.shape[1], query.stride(0),
         query.stride(1), **shape, KV_HEADS=kv_heads, SINK=keys.sink, RECENT=keys.recent, BEHIND=behind,
         K_KIND=_kind(keys), V_KIND=_kind(values), K_WIDTH=_width(keys), V_WIDTH=_width(values),
-        HAS_MEAN=keys.mean is not None, SPLITS=splits, WINDOWS=windows, STAGES=STAGES, ASM=asm,
-        PRECISION=precision, num_warps=WARPS, maxnreg=REGISTERS,
+        HAS_MEAN=keys.mean is not None, SPLITS=splits, WINDOWS=windows, STAGES=STAGES, EARLY=early,
+        ASM=asm, PRECISION=precision, num_warps=WARPS, maxnreg=REGISTERS, launch_pdl=early,
     )  # fmt: skip
     decode.combine[(rows,)](
-        out, tops, totals, far, step.starts, step.slots, signs, mean_v, keys.sinks, keys.ring, key, values.sinks,
+        out, tops, totals, far, v[-1], step.starts, step.slots, signs, mean_v, keys.sinks, keys.ring, key, values.sinks,
         values.ring, value, **shape, KV_HEADS=kv_heads, SINK=keys.sink, RECENT=keys.recent, BEHIND=behind,
         SPLITS=splits, WINDOWS=windows, PARTS=triton.next_power_of_2(splits + windows), ROTATED=values.rotated,
-        HAS_MEAN=values.mean is not None, BLOCK=32, num_warps=4,
+        HAS_MEAN=values.mean is not None, EARLY=early, BLOCK=BLOCK, num_warps=8, launch_pdl=early,
     )  # fmt: skip
     return out
 
@@ -93,10 +95,10 @@ def _width(side: Side) -> int:
 
 
 def _stored(side: Side, dim: int, for_scores: bool, device: str) -> tuple[torch.Tensor, ...]:
-    """(codes, scales, dims of the columns, table): anything stands in for what a kind does not have."""
+    """(codes, scales, dims of the columns, table, columns of the dims): anything stands in for what a kind lacks."""
     name = _kind(side)
-    dims = column_dims(name, dim, for_scores, device)
+    dims, columns = column_dims(name, dim, for_scores, device)
     if side.codec is None:
-        return side.ring, side.ring, dims, table(name, device)
+        return side.ring, side.ring, dims, table(name, device), columns
     codes = side.planes[0]
-    return codes, side.planes[1] if len(side.planes) > 1 else codes, dims, table(name, device)
+    return codes, side.planes[1] if len(side.planes) > 1 else codes, dims, table(name, device), columns

@@ -61,14 +61,17 @@ def _group_dims(name: str, head_dim: int) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def column_dims(name: str, head_dim: int, for_scores: bool, device: str = "cpu") -> torch.Tensor:
-    """int32 [head_dim]: which dim stands in each column of ``codes.vectors``.
+def column_dims(
+    name: str, head_dim: int, for_scores: bool, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Which dim stands in each column of ``codes.vectors``, and the column of each dim: int32 [head_dim] both.
 
     A column counts, from its lowest digit: for scores lane, thread, register of the thread; for sums lane, register in
     a run of up to 8, thread, run; then the chunk of 16 groups.
     """
     if name not in SCALAR_BITS and name not in TRELLISES:
-        return torch.arange(head_dim, dtype=torch.int32, device=device)
+        natural = torch.arange(head_dim, dtype=torch.int32, device=device)
+        return natural, natural
     dims = _group_dims(name, head_dim)
     registers, groups = len(dims), head_dim // dims.numel()
     chunks = max(1, groups // 16)
@@ -84,7 +87,8 @@ def column_dims(name: str, head_dim: int, for_scores: bool, device: str = "cpu")
         register = run * min(8, each) + inside
     group = chunk * groups + thread * own + register // registers
     step = dims.numel() if name in TRELLISES else 4
-    return (dims[register % registers, lane] + group * step).int().to(device)
+    found = (dims[register % registers, lane] + group * step).int()
+    return found.to(device), found.argsort().int().to(device)
 
 
 def _digits(shape: tuple[int, ...]) -> list[torch.Tensor]:
