@@ -123,7 +123,7 @@ INLINE float tree_sum(float *x, int n)
 
 INLINE float norm_of(const float *x, int n)
 {
-    float squares[TM_TRELLIS_DIM];
+    float squares[TM_TRELLIS_DIM] = {0};
     for (int i = 0; i < n; i++)
         squares[i] = x[i] * x[i];
     return sqrtf(tree_sum(squares, n));
