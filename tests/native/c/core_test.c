@@ -12,6 +12,7 @@
 #include "bulk.h"
 #include "linear.h"
 #include "naive.h"
+#include "trellis.h"
 
 #define CHECK(ok, ...)                                                                                                 \
     do {                                                                                                               \
@@ -382,6 +383,40 @@ static void test_rounding(void)
     free(first), free(row);
 }
 
+/* Levels and threads encode alike, bit by bit, and stay within memory of the exact size. */
+static void test_trellis(tm_pool *pool)
+{
+    static const char *const levels[] = {"portable", "avx2", "avx512"};
+    static const struct { int window, step, values; } shapes[] = {{9, 2, 1}, {10, 5, 2}, {10, 3, 1}, {10, 4, 1}};
+    int kind = below(4), step = shapes[kind].step, values = shapes[kind].values;
+    int states = 1 << shapes[kind].window, groups = states >> step, dim = 32 << below(5), count = below(40);
+    int bytes = dim / values * step / 8;
+    float *book = malloc(sizeof *book * (size_t)(values * states)), *turned = malloc(sizeof *book * (size_t)(values * states));
+    for (int i = 0; i < values * states; i++) {
+        int v = i / states, state = i % states;
+        book[i] = 3 * real();
+        turned[(v * (1 << step) + state % (1 << step)) * groups + (state >> step)] = book[i];
+    }
+    float *x = malloc(sizeof *x * (size_t)(count * dim));
+    for (int i = 0, zero = 0; i < count * dim; i++) {
+        zero = i % dim ? zero : !below(8);
+        x[i] = zero ? 0.0f : real() * (below(200) ? 1.0f : INFINITY);
+    }
+    uint8_t *codes[2] = {malloc((size_t)(count * bytes)), malloc((size_t)(count * bytes))};
+    uint16_t *scales[2] = {malloc(2 * (size_t)count), malloc(2 * (size_t)count)};
+    for (int l = 0; l < 3; l++) {
+        if (tm_level_force(levels[l]))
+            continue;
+        tm_trellis job = {kind, dim, x, book, turned, codes[l > 0], scales[l > 0]};
+        CHECK(tm_trellis_encode(l == 1 ? pool : NULL, &job, count) == TM_OK, "trellis refused");
+        int same = !l || !memcmp(codes[0], codes[1], (size_t)(count * bytes));
+        for (int i = 0; l && i < count; i++) /* a NaN's sign is its own */
+            same &= (scales[0][i] & 0x7fff) == (scales[1][i] & 0x7fff);
+        CHECK(same, "%s encodes kind %d of %d otherwise than portable", levels[l], kind, dim);
+    }
+    free(book), free(turned), free(x), free(codes[0]), free(codes[1]), free(scales[0]), free(scales[1]);
+}
+
 /* A random shape at a random level: a linear layer, or routed experts. */
 static void test_any(tm_pool *pool)
 {
@@ -400,6 +435,8 @@ int main(int argc, char **argv)
     tm_pool *pool = tm_pool_new(3, 100), *other = tm_pool_new(2, 0);
     for (int i = 0; i < 200; i++)
         test_rounding();
+    for (int i = 0; i < cases / 25; i++)
+        test_trellis(pool);
     for (; done < cases; done++)
         test_any(pool);
     printf("%d random shapes and routings agree with the reference\n", done);

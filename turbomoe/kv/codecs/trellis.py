@@ -25,8 +25,9 @@ class TrellisCodec(Codec):
     """Exactly ``step_bits / values`` bits a coordinate in one circular stream, and an fp16 scale a vector.
 
     Bit b of the stream is bit b % 8 of byte b // 8; the window of step i is bits [step_bits * i, step_bits * i +
-    window_bits), modulo the length. ``windows.to_planes`` says in which order its words are stored. A vector with a NaN or an infinity has the codes of a zero vector and decodes to
-    NaN throughout, a zero vector to zeros. Scales saturate and vanish as those of tq2, tq3 and tq4 do.
+    window_bits), modulo the length. ``windows.to_planes`` says in which order its words are stored. A vector with a NaN
+    or an infinity has the codes of a zero vector and decodes to NaN throughout, a zero vector to zeros. Scales saturate
+    and vanish as those of tq2, tq3 and tq4 do.
     """
 
     rotated = True

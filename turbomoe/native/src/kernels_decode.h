@@ -71,13 +71,30 @@ INLINE void spread_codes(int kind, const uint8_t *codes, long dim, uint8_t *to)
             to[k * eighth + i] |= (uint8_t)((high[i] >> k & 1) << 2);
 }
 
+/* Between a stream of steps of `step` bits and the order in which its 32-bit words are stored: of all groups of the fewest
+ * words that hold whole steps first all first ones (kv/codecs/windows.py). Streams of no whole groups stay as they are. */
+INLINE void reorder(const int step, const uint8_t *from, uint8_t *to, long bytes, const int store)
+{
+    const long words = step % 2 ? step : 1;
+    long groups = bytes / (4 * words);
+    if (words == 1 || bytes % (4 * words)) {
+        memcpy(to, from, (size_t)bytes);
+        return;
+    }
+    for (long g = 0; g < groups; g++)
+        for (long w = 0; w < words; w++) {
+            long in_stream = 4 * (g * words + w), stored_at = 4 * (w * groups + g);
+            memcpy(to + (store ? stored_at : in_stream), from + (store ? in_stream : stored_at), 4);
+        }
+}
+
 /* Values of overlapping windows of a circular stream, eight steps of `step` whole bytes at a time. `dim` is 32 or more. */
 INLINE void follow(const int step, const int window, const int values, stored s, const float *codebook, long dim, float *to)
 {
     uint8_t stream[TM_HEAD_DIM / 2 + 8];
     long bytes = dim / values * step / 8;
-    memcpy(stream, s.codes, (size_t)bytes);
-    memcpy(stream + bytes, s.codes, 8);
+    reorder(step, s.codes, stream, bytes, 0);
+    memcpy(stream + bytes, stream, 8);
     for (long at = 0; at < bytes; at += step, to += 8 * values) {
         uint64_t word;
         memcpy(&word, stream + at, sizeof word);

@@ -123,7 +123,7 @@ INLINE float tree_sum(float *x, int n)
 
 INLINE float norm_of(const float *x, int n)
 {
-    float squares[TM_TRELLIS_DIM];
+    float squares[TM_TRELLIS_DIM] = {0};
     for (int i = 0; i < n; i++)
         squares[i] = x[i] * x[i];
     return sqrtf(tree_sum(squares, n));
@@ -146,12 +146,14 @@ INLINE float spread_out(const float *x, int n, float *spread, float *norm)
 
 INLINE void pack_steps(const int step, const int *windows, int steps, uint8_t *codes)
 {
+    uint8_t stream[TM_TRELLIS_DIM], *at = stream;
     uint32_t bits = 0;
     for (int i = 0, filled = 0; i < steps; i++) {
         bits |= (uint32_t)(windows[i] & ((1 << step) - 1)) << filled;
         for (filled += step; filled >= 8; filled -= 8, bits >>= 8)
-            *codes++ = (uint8_t)bits;
+            *at++ = (uint8_t)bits;
     }
+    reorder(step, stream, codes, at - stream, 1);
 }
 
 INLINE void encode_one(
