@@ -81,20 +81,24 @@ def load(
 
 
 def settle_types(model: LoadedModel, plan: Plan) -> EngineSettings:
-    """The settings to run with: KV types chosen if they are still ``auto``, told, and checked against memory."""
+    """The settings to run with: KV types chosen if they are still ``auto``, told, and checked against memory.
+
+    Where there was nothing to choose, nobody needs to hear of it.
+    """
     settings = plan.settings
     if settings.kv.is_auto:
         settings = plan.with_types(choose_types(model, plan.settings))
-    if settings.kv_choice is not None and settings.kv_choice.mean_kl is not None:
+    if settings.kv_choice is not None and settings.kv_choice.tried:
         print(settings.kv_choice.line(), file=sys.stderr, flush=True)
     return settings
 
 
 def choose_types(model: LoadedModel, settings: EngineSettings) -> EngineSettings:
     """Types in place of ``auto``, telling a person that the model is checked first."""
-    from turbomoe.insight.kv_auto import nothing_to_gain, resolve_kv_types
+    from turbomoe.insight.kv_auto import nothing_to_check, resolve_kv_types, widest_need
 
-    if nothing_to_gain(model, settings) == "" and model.tokenizer is not None:
+    if not nothing_to_check(model, settings):
+        means(model, widest_need(model, settings.kv))
         print("checking which KV types this model bears, once for it...", file=sys.stderr, flush=True)
     with Bar("checking", unit="token") as bar:
         return resolve_kv_types(model, settings, bar)

@@ -62,14 +62,10 @@ def resolve_kv_types(model: LoadedModel, settings: EngineSettings, progress: Pro
     """
     if not settings.kv.is_auto:
         return settings
-    why = nothing_to_gain(model, settings) or _cannot_check(model, settings.kv)
-    if why:
-        return _settle(settings, exact(settings.kv), KVChoice(*_types(exact(settings.kv)), why=why))
+    if why := nothing_to_check(model, settings):
+        return _unchecked(settings, why)
     kv, ids = settings.kv, check_ids(model, settings.kv)
-    if len(ids) - first_judged(kv) < FEWEST:
-        why = f"{len(ids)} tokens of text leave too few behind the exact windows to check anything"
-        return _settle(settings, exact(kv), KVChoice(*_types(exact(kv)), why=why))
-    means = means_for(model, _widest_need(model, kv))
+    means = means_for(model, widest_need(model, kv))
     conditions = Conditions(_basis(means), kv.sink, kv.recent, text_key(kv, model.context_length))
     checks = _load(model.identity, conditions)
     arms = checks.setdefault(conditions, {})
@@ -88,7 +84,7 @@ def known_kv_types(facts: Facts, settings: EngineSettings) -> EngineSettings | N
         return settings
     kv = settings.kv
     if why := nothing_to_gain(facts, settings):
-        return _settle(settings, exact(kv), KVChoice(*_types(exact(kv)), why=why))
+        return _unchecked(settings, why)
     try:
         means = KVMeans.load(means_path(facts.identity), facts.identity) if _needs_means(facts, kv) else None
         checks = load_checks(record_path(facts.identity), facts.identity)
@@ -144,8 +140,21 @@ def text_key(kv: KVSettings, context_length: int) -> str:
     return f"moby-dick/{check_tokens(kv, context_length)}"
 
 
-def _cannot_check(model: LoadedModel, kv: KVSettings) -> str:
-    return "" if model.tokenizer is not None else "a model without a tokenizer cannot be checked"
+def nothing_to_check(model: LoadedModel, settings: EngineSettings) -> str:
+    """Why bf16 is the answer without running the model; empty where it has to be run."""
+    if why := nothing_to_gain(model, settings):
+        return why
+    if model.tokenizer is None:
+        return "a model without a tokenizer cannot read the text of the check"
+    behind = len(check_ids(model, settings.kv)) - first_judged(settings.kv)
+    return (
+        f"{max(0, behind)} tokens of text behind the exact windows are too few to judge by" if behind < FEWEST else ""
+    )
+
+
+def _unchecked(settings: EngineSettings, why: str) -> EngineSettings:
+    kv = exact(settings.kv)
+    return _settle(settings, kv, KVChoice(kv.type_k, kv.type_v, why=why))
 
 
 def _searched(facts: Facts, settings: EngineSettings, arms: dict[Pair, Measured], judge: Judge) -> EngineSettings:
@@ -206,14 +215,14 @@ def _bits(name: str, layers: Sequence[LayerShape]) -> float:
     return sum(values * codec.bits_per_value for values, codec in sizes) / sum(values for values, _ in sizes)
 
 
-def _widest_need(facts: Facts, kv: KVSettings) -> KVSettings:
-    """Settings that use means if anything the search may try does."""
+def widest_need(facts: Facts, kv: KVSettings) -> KVSettings:
+    """Settings in place of ``kv`` that use means if anything the search may try does."""
     rotated = [name for name in ladder_of(facts.layers).types if _rotated(name, facts.layers)]
     return _filled(kv, *(rotated[:1] or [EXACT]) * 2)
 
 
 def _needs_means(facts: Facts, kv: KVSettings) -> bool:
-    need = _widest_need(facts, kv)
+    need = widest_need(facts, kv)
     return kv.means and any(_rotated(name, facts.layers) for name in _types(need))
 
 

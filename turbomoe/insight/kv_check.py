@@ -41,7 +41,10 @@ def check_tokens(kv: KVSettings, context_length: int) -> int:
 
 
 def check_ids(model: LoadedModel, kv: KVSettings) -> list[int]:
-    """Tokens from the end of the judgement text: neither what means are calibrated on nor what eval reads first."""
+    """Tokens from the end of the judgement text: neither what means are calibrated on nor what eval reads first.
+
+    Fewer than ``check_tokens`` where the text has no more.
+    """
     from turbomoe.upstream.prompts import encode_text
 
     assert model.tokenizer is not None

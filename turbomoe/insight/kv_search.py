@@ -20,7 +20,6 @@ EXACT = "bf16"
 ANCHOR = ("q8_0", "q8_0")
 BUDGET = 0.02  # nats a token: what 3 bits cost a model that bears them, and what nobody notices in text
 OVER_ANCHOR = 1.5
-HOPELESS = 0.1  # before q8_0's KL is known: beyond this a pair may be given up early
 
 Pair = tuple[str, str]
 
@@ -89,8 +88,11 @@ class Search:
         return key, value
 
     def _measure_first(self, pairs: list[Pair]) -> None:
-        """The budget may hang on q8_0, which is therefore measured to the end."""
-        limits = dict.fromkeys(pairs, HOPELESS if self.asked is None else self.asked)
+        """The budget may hang on q8_0, which is therefore measured to the end.
+
+        The others may be given up at the least that the budget can be; where it turns out larger, they get another go.
+        """
+        limits = dict.fromkeys(pairs, BUDGET if self.asked is None else self.asked)
         if self.asked is None and ANCHOR[0] in self.ladder:
             limits[ANCHOR] = inf
         self._measure(limits)
