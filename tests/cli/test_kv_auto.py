@@ -32,7 +32,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Types of Qwen2.5's kind: keys bear eight bits, values two. One entry a pass over the text."""
     passes: list[int] = []
 
-    def judge(model, kv, ids, limits, progress=None):
+    def judge(model, kv, means, ids, limits, progress=None):
         passes.append(len(limits))
         return {pair: Measured(0.36 if pair[0].startswith("tq") else 0.004, 100, 100) for pair in limits}
 

@@ -146,3 +146,11 @@ def test_placement_zero_is_what_happens_anyway() -> None:
     before = sum(board.counts.values())
     settings("-ngl", "0")
     assert sum(board.counts.values()) == before
+
+
+def test_a_budget_with_nothing_to_choose_is_answered() -> None:
+    before = board.counts["--kv-budget has no effect"]
+    settings("-ctk", "tq4", "--kv-budget", "0.1")
+    assert board.counts["--kv-budget has no effect"] == before
+    settings("-ctk", "tq4", "-ctv", "tq4", "--kv-budget", "0.1")
+    assert board.counts["--kv-budget has no effect"] == before + 1

@@ -31,6 +31,7 @@ from turbomoe.notices import StrictError, board
 from turbomoe.upstream.prompts import encode_text
 
 AUTO = KVSettings("auto", "auto", 4, 32)
+CODES = KVSettings("tq2", "tq2")
 WISH = EngineSettings(ctx_size=CONTEXT, kv=AUTO)
 
 
@@ -78,9 +79,9 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[set[tuple[str, str]]]:
     """The pairs of every pass over the text."""
     seen: list[set[tuple[str, str]]] = []
 
-    def counting(model, kv, ids, limits, progress=None):
+    def counting(model, kv, means, ids, limits, progress=None):
         seen.append(set(limits))
-        return measure(model, kv, ids, limits, progress)
+        return measure(model, kv, means, ids, limits, progress)
 
     monkeypatch.setattr(kv_auto, "measure", counting)
     return seen
@@ -101,17 +102,17 @@ def test_the_mean_is_that_of_positions_that_see_codes(model: LoadedModel) -> Non
     kl = (p.exp() * (p - q)).sum(-1)
     first = first_judged(AUTO)
     assert first == 4 + 32 + 1 and kl[:first].max() < 1e-9 < kl[first]
-    found = measure(model, AUTO, ids, {("tq2", "tq2"): 1e9})[("tq2", "tq2")]
+    found = measure(model, AUTO, means_for(model, CODES), ids, {("tq2", "tq2"): 1e9})[("tq2", "tq2")]
     assert (found.tokens, found.of) == (CONTEXT - first, CONTEXT - first)
     assert found.kl == pytest.approx(float(kl[first:].mean()), rel=2e-2)
 
 
 def test_the_size_of_the_chunks_does_not_matter(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, limits = check_ids(model, AUTO)[:150], {("tq3", "tq2"): 1e9}
-    one = measure(model, AUTO, ids, limits)[("tq3", "tq2")]
+    one = measure(model, AUTO, means_for(model, CODES), ids, limits)[("tq3", "tq2")]
     monkeypatch.setattr(kv_check, "CHUNK", 7)
     monkeypatch.setattr(kv_check, "UNJUDGED_CHUNK", 10)
-    other = measure(model, AUTO, ids, limits)[("tq3", "tq2")]
+    other = measure(model, AUTO, means_for(model, CODES), ids, limits)[("tq3", "tq2")]
     assert other.kl == pytest.approx(one.kl, rel=5e-2) and other.tokens == one.tokens
 
 
@@ -119,11 +120,11 @@ def test_a_pair_is_given_up_when_it_cannot_make_it_any_more(model: LoadedModel) 
     ids = check_ids(model, AUTO)
     told: list[tuple[int, int]] = []
     limits = {("tq4", "tq4"): 1e9, ("tq2", "tq2"): 1e-7}
-    found = measure(model, AUTO, ids, limits, lambda done, total: told.append((done, total)))
+    found = measure(model, AUTO, means_for(model, CODES), ids, limits, lambda done, total: told.append((done, total)))
     assert found[("tq4", "tq4")].tokens == CONTEXT - first_judged(AUTO)
     assert found[("tq2", "tq2")].tokens == kv_check.CHUNK and found[("tq2", "tq2")].at_least > 1e-7
     assert told[0] == (0, CONTEXT) and told[-1] == (CONTEXT, CONTEXT)
-    alone = measure(model, AUTO, ids, {("tq2", "tq2"): 1e-7})
+    alone = measure(model, AUTO, means_for(model, CODES), ids, {("tq2", "tq2"): 1e-7})
     assert alone[("tq2", "tq2")] == found[("tq2", "tq2")], "who runs beside it does not matter"
 
 
@@ -219,7 +220,7 @@ def test_other_windows_are_another_check_and_both_are_kept(model: LoadedModel, c
 
 
 def test_wide_keys_say_why(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def judge(model, kv, ids, limits, progress=None):
+    def judge(model, kv, means, ids, limits, progress=None):
         return {pair: Measured(0.36 if pair[0].startswith("tq") else 0.0041, 100, 100) for pair in limits}
 
     monkeypatch.setattr(kv_auto, "measure", judge)
@@ -231,7 +232,7 @@ def test_wide_keys_say_why(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_bf16_says_why(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def judge(model, kv, ids, limits, progress=None):
+    def judge(model, kv, means, ids, limits, progress=None):
         return {pair: Measured(0.5, 100, 100) for pair in limits}
 
     monkeypatch.setattr(kv_auto, "measure", judge)
@@ -338,7 +339,9 @@ def test_what_cannot_be_kept_is_used_and_told(model: LoadedModel, state_home: Pa
     state_home.write_text("a file where the folder should be")
     settings = resolve_kv_types(model, WISH)
     assert not settings.kv.is_auto and settings.kv_choice is not None and settings.kv_choice.tried
-    assert "note: the KV types are not kept" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "note: the KV types are not kept" in said and "note: the means are not kept" in said
+    assert board.counts["the means are not kept"] == 1, "calibrated once, not for every pair"
 
 
 def test_strictly_a_damaged_file_is_an_error(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ def _known(plan: Plan) -> EngineSettings | None:
 
 
 def _announce_range(plan: Plan) -> Plan:
-    from turbomoe.insight.kv_auto import candidates
+    from turbomoe.insight.kv_auto import candidates, rounds
     from turbomoe.insight.kv_check import check_bytes
 
     wish = plan.wish
@@ -91,7 +91,7 @@ def _announce_range(plan: Plan) -> Plan:
     ends.sort(key=lambda settings: plan.use(plan.forecast, settings).kv)
     size = plan.settled(ends[0]).ctx_size
     least, most = (replace(end, ctx_size=size) for end in (ends[0], ends[-1]))
-    check = check_bytes(plan.forecast, wish, len(ends))
+    check = max(check_bytes(plan.forecast, wish, arms) for arms in rounds(plan.forecast, wish.kv))
     print(plan.table(most, check).render(), file=sys.stderr)
     narrow = format_bytes(plan.use(plan.forecast, least).kv)
     print(f"kv is at most that, and {narrow} if the narrowest types will do", file=sys.stderr, flush=True)

@@ -160,6 +160,7 @@ def moe_cache(text: str) -> str | int:
 def engine_settings(args: argparse.Namespace) -> EngineSettings:
     """The settings that the flags of ``add_engine`` ask for; raises ``SettingsError`` for values out of range."""
     _note_placement(args)
+    _note_budget(args)
     return EngineSettings(
         ctx_size=EngineSettings.ctx_size if args.ctx_size is None else args.ctx_size,
         parallel=args.parallel,
@@ -181,3 +182,9 @@ def _note_placement(args: argparse.Namespace) -> None:
         if value not in (None, "0"):
             why = "this version computes every layer and every expert on the CPU"
             board.post(Notice(f"{flag} has no effect", why, avoid=f"leave {flag} out"))
+
+
+def _note_budget(args: argparse.Namespace) -> None:
+    if args.kv_budget is not None and AUTO not in (args.cache_type_k, args.cache_type_v):
+        why = "both KV types are given, and a budget is for choosing one"
+        board.post(Notice("--kv-budget has no effect", why, avoid="leave it out, or -ctk or -ctv"))

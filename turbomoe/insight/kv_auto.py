@@ -71,7 +71,7 @@ def resolve_kv_types(model: LoadedModel, settings: EngineSettings, progress: Pro
     arms = checks.setdefault(conditions, {})
 
     def judge(limits: Mapping[Pair, float]) -> Mapping[Pair, Measured]:
-        arms.update(measure(model, kv, ids, limits, progress))
+        arms.update(measure(model, kv, means, ids, limits, progress))
         _save(model.identity, checks)
         return arms
 
@@ -106,6 +106,13 @@ def candidates(facts: Facts, kv: KVSettings) -> list[KVSettings]:
     types = ladder_of(facts.layers).types
     alike = [_filled(kv, name, name) for name in (EXACT, *types)]
     return [*alike, *(_filled(kv, EXACT, name) for name in types[:1])]
+
+
+def rounds(facts: Facts, kv: KVSettings) -> list[list[KVSettings]]:
+    """Settings that a check may run side by side, for its memory: the first round, and the largest second one."""
+    types = ladder_of(facts.layers).types
+    beside_exact = [*(_filled(kv, EXACT, name) for name in types), *(_filled(kv, name, EXACT) for name in types[:1])]
+    return [[_filled(kv, name, name) for name in types], beside_exact]
 
 
 def exact(kv: KVSettings) -> KVSettings:

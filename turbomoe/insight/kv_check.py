@@ -6,19 +6,19 @@ within its limit any more is given up, which saves most of the time on models th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from turbomoe.config import EngineSettings, KVSettings
-from turbomoe.engine.calibrate import means_for, needs_means
 from turbomoe.engine.forecast import kv_bytes
 from turbomoe.engine.runner import ModelRunner, check_finite
 from turbomoe.experts.base import Phase
 from turbomoe.insight.divergence import LOGIT_COPIES, REFERENCE, kl_divergence
 from turbomoe.insight.kv_search import Measured, Pair
 from turbomoe.insight.texts import judgement_text
+from turbomoe.kv.means import KVMeans
 from turbomoe.models.base import Forecast, LoadedModel
 
 TOKENS = 2048
@@ -54,11 +54,12 @@ def check_ids(model: LoadedModel, kv: KVSettings) -> list[int]:
     return encode_text(model.tokenizer, text[max(0, paragraph) :].lstrip())[:count]
 
 
-def check_bytes(forecast: Forecast, settings: EngineSettings, arms: int) -> int:
-    """At most what a check of ``arms`` pairs takes beside the weights: their caches, and logits of a chunk."""
+def check_bytes(forecast: Forecast, settings: EngineSettings, arms: Sequence[KVSettings]) -> int:
+    """What a check of ``arms`` side by side takes beside the weights: their caches, and logits of a chunk."""
     tokens = check_tokens(settings.kv, forecast.context_length)
-    one = kv_bytes(forecast, replace(settings, ctx_size=tokens, parallel=1), REFERENCE)
-    return (arms + 1) * one + 4 * LOGIT_COPIES * CHUNK * int(forecast.config.vocab_size)
+    small = replace(settings, ctx_size=tokens, parallel=1)
+    caches = sum(kv_bytes(forecast, small, kv) for kv in (REFERENCE, *arms))
+    return caches + 4 * LOGIT_COPIES * CHUNK * int(forecast.config.vocab_size)
 
 
 @dataclass
@@ -73,11 +74,16 @@ class _Arm:
 
 
 def measure(
-    model: LoadedModel, kv: KVSettings, ids: list[int], limits: Mapping[Pair, float], progress: Progress | None = None
-) -> dict[Pair, Measured]:
-    """Mean KL of every pair of ``limits`` with the windows and means of ``kv``, over the tokens ``ids``."""
-    arms = {pair: _Arm(_runner(model, kv, pair, len(ids)), limit) for pair, limit in limits.items()}
-    reference = ModelRunner(model, REFERENCE, slots=1, ctx_size=len(ids), measuring=True)
+    model: LoadedModel, kv: KVSettings, means: KVMeans | None, ids: list[int], limits: Mapping[Pair, float],
+    progress: Progress | None = None,
+) -> dict[Pair, Measured]:  # fmt: skip
+    """Mean KL of every pair of ``limits`` with the windows of ``kv``, over the tokens ``ids``."""
+
+    def runner(mine: KVSettings, means: KVMeans | None = None) -> ModelRunner:
+        return ModelRunner(model, mine, slots=1, ctx_size=len(ids), means=means, measuring=True)
+
+    reference = runner(REFERENCE)
+    arms = {(k, v): _Arm(runner(replace(kv, type_k=k, type_v=v), means), limit) for (k, v), limit in limits.items()}
     of, live = len(ids) - first_judged(kv), list(arms.values())
     report = progress or (lambda done, total: None)
     for start, end in _chunks(first_judged(kv), len(ids)):
@@ -94,12 +100,6 @@ def measure(
                 arm.tokens += end - start
     report(len(ids), len(ids))
     return {pair: arm.measured(of) for pair, arm in arms.items()}
-
-
-def _runner(model: LoadedModel, kv: KVSettings, pair: Pair, ctx_size: int) -> ModelRunner:
-    mine = replace(kv, type_k=pair[0], type_v=pair[1])
-    means = means_for(model, mine) if needs_means(model, mine) else None
-    return ModelRunner(model, mine, slots=1, ctx_size=ctx_size, means=means, measuring=True)
 
 
 def _chunks(judged: int, end: int) -> Iterator[tuple[int, int]]:
