@@ -17,8 +17,9 @@ from turbomoe.errors import SettingsError
 from turbomoe.experts.base import Phase
 from turbomoe.files.atomic import write_bytes
 from turbomoe.insight import kv_auto, kv_check
-from turbomoe.insight.kv_auto import candidates, known_kv_types, nothing_to_check, resolve_kv_types
+from turbomoe.insight.kv_auto import known_kv_types, nothing_to_check, resolve_kv_types
 from turbomoe.insight.kv_check import check_ids, first_judged, measure
+from turbomoe.insight.kv_ladder import candidates
 from turbomoe.insight.kv_record import load_checks, record_path
 from turbomoe.insight.kv_search import ANCHOR, EXACT, LADDER, Measured
 from turbomoe.insight.texts import judgement_text
@@ -216,6 +217,17 @@ def test_other_windows_are_another_check_and_both_are_kept(model: LoadedModel, c
     assert checks == []
 
 
+@pytest.mark.parametrize("other", [replace(WISH, dtype="float32"), replace(WISH, kv=replace(AUTO, means=False))])
+def test_other_arithmetic_and_no_means_are_other_checks_and_kept_too(model, forecast, checks, other) -> None:
+    for settings in (WISH, other):
+        assert known_kv_types(forecast, settings) is None
+        resolve_kv_types(model, settings)
+    assert not board.counts
+    checks.clear()
+    assert [resolve_kv_types(model, settings) for settings in (WISH, other)]
+    assert checks == [] and len(load_checks(record_path(model.identity), model.identity)) == 2
+
+
 # Reasons
 
 
@@ -249,6 +261,15 @@ def test_a_type_that_the_heads_do_not_fit_is_skipped_with_the_reason(llama: Load
     assert choice is not None and set(choice.skipped) == {"q8_0"} and "blocks of 32" in choice.skipped["q8_0"]
     assert choice.q8_0 is None and choice.budget == 0.02
     assert not any("q8_0" in pair for pairs in checks for pair in pairs)
+
+
+def test_heads_that_fit_eight_bits_alone_say_so(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = replace(model, layers=(AttentionShape(0, 2, 1, 96),))
+    monkeypatch.setattr(kv_auto, "measure", lambda *rest: {ANCHOR: Measured(0.004, 100, 100)})
+    choice = resolve_kv_types(wide, WISH).kv_choice
+    assert choice is not None and set(choice.skipped) == set(LADDER) - {"q8_0"}
+    assert choice.line().endswith("; keys stay at q8_0: its heads do not fit narrower types; values stay at q8_0: "
+                                  "its heads do not fit narrower types")  # fmt: skip
 
 
 # Nothing to check

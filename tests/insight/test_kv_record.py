@@ -15,11 +15,11 @@ from turbomoe.insight.kv_search import Measured
 
 IDENTITY = "a" * 64
 CHECKS: Checks = {
-    Conditions("b" * 64, 64, 256, "text/1"): {
+    Conditions("b" * 64, 64, 256, "cpu auto", "text/1"): {
         ("q8_0", "q8_0"): Measured(0.00031, 1727, 1727),
         ("tq4", "tq2"): Measured(0.36, 128, 1727),
     },
-    Conditions("", 0, 0, "text/1"): {("tq3", "tq3"): Measured(0.0, 1, 1)},
+    Conditions("", 0, 0, "cpu auto", "text/1"): {("tq3", "tq3"): Measured(0.0, 1, 1)},
 }
 
 
@@ -95,14 +95,16 @@ def test_numbers_are_checked_even_under_a_good_checksum(path: Path, name: str) -
 
 
 def test_the_oldest_checks_go(tmp_path: Path) -> None:
-    many: Checks = {Conditions("", n, 0, ""): {} for n in range(kv_record.MOST_CHECKS + 3)}
+    many: Checks = {Conditions("", n, 0, "", ""): {} for n in range(kv_record.MOST_CHECKS + 3)}
     save_checks(tmp_path / "f", IDENTITY, many)
     assert [conditions.sink for conditions in load_checks(tmp_path / "f", IDENTITY)] == list(range(3, len(many)))
 
 
 names = st.sampled_from(["bf16", "q8_0", "tq4", "tq2"])
 arms = st.dictionaries(st.tuples(names, names), st.builds(Measured, st.floats(0, 1e9), st.just(5), st.integers(5, 9)))
-conditions = st.builds(Conditions, st.text(max_size=8), st.integers(0, 99), st.integers(0, 99), st.text(max_size=8))
+conditions = st.builds(
+    Conditions, st.text(max_size=8), st.integers(0, 99), st.integers(0, 99), st.just("cpu auto"), st.text(max_size=8)
+)
 
 
 @given(st.dictionaries(conditions, arms, max_size=4))

@@ -83,8 +83,8 @@ def _known(plan: Plan) -> EngineSettings | None:
 
 
 def _announce_range(plan: Plan) -> Plan:
-    from turbomoe.insight.kv_auto import candidates, rounds
     from turbomoe.insight.kv_check import check_bytes
+    from turbomoe.insight.kv_ladder import candidates, rounds
 
     wish = plan.wish
     ends = [replace(wish, kv=kv) for kv in candidates(plan.forecast, wish.kv)]

@@ -95,7 +95,8 @@ def settle_types(model: LoadedModel, plan: Plan) -> EngineSettings:
 
 def choose_types(model: LoadedModel, settings: EngineSettings) -> EngineSettings:
     """Types in place of ``auto``, telling a person that the model is checked first."""
-    from turbomoe.insight.kv_auto import nothing_to_check, resolve_kv_types, widest_need
+    from turbomoe.insight.kv_auto import nothing_to_check, resolve_kv_types
+    from turbomoe.insight.kv_ladder import widest_need
 
     if not nothing_to_check(model, settings):
         means(model, widest_need(model, settings.kv))

@@ -6,15 +6,24 @@ read. Both leave settings without ``auto`` as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import replace
 
 from turbomoe.config import AUTO, EngineSettings, KVChoice, KVSettings
 from turbomoe.engine.calibrate import means_for, means_path
-from turbomoe.errors import SettingsError
 from turbomoe.files.atomic import WriteError
 from turbomoe.insight.kv_check import FEWEST, Progress, check_ids, check_tokens, first_judged, measure
+from turbomoe.insight.kv_ladder import (
+    Facts,
+    Ladder,
+    bits_of,
+    exact,
+    filled,
+    ladder_of,
+    nothing_to_gain,
+    wants_means,
+    widest_need,
+)
 from turbomoe.insight.kv_record import (
     Checks,
     Conditions,
@@ -25,30 +34,9 @@ from turbomoe.insight.kv_record import (
     save_checks,
 )
 from turbomoe.insight.kv_search import ANCHOR, EXACT, LADDER, Found, Judge, Measured, Pair, Search
-from turbomoe.kv.codecs import make_codec
 from turbomoe.kv.means import KVMeans, MeansError
-from turbomoe.kv.shape import AttentionShape, LayerShape
 from turbomoe.models.base import LoadedModel
 from turbomoe.notices import Notice, board
-
-
-class Facts(Protocol):
-    """What a ``Forecast`` and a ``LoadedModel`` both know."""
-
-    @property
-    def layers(self) -> tuple[LayerShape, ...]: ...
-    @property
-    def context_length(self) -> int: ...
-    @property
-    def identity(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class Ladder:
-    """The types that every full-attention layer of a model can store, widest first; why the others cannot."""
-
-    types: tuple[str, ...]
-    skipped: Mapping[str, str]
 
 
 class _NotMeasured(Exception):
@@ -66,7 +54,7 @@ def resolve_kv_types(model: LoadedModel, settings: EngineSettings, progress: Pro
         return _unchecked(settings, why)
     kv, ids = settings.kv, check_ids(model, settings.kv)
     means = means_for(model, widest_need(model, kv))
-    conditions = Conditions(_basis(means), kv.sink, kv.recent, text_key(kv, model.context_length))
+    conditions = Conditions(_basis(means), kv.sink, kv.recent, arithmetic(settings), text_key(kv, model.context_length))
     checks = _load(model.identity, conditions)
     arms = checks.setdefault(conditions, {})
 
@@ -86,11 +74,11 @@ def known_kv_types(facts: Facts, settings: EngineSettings) -> EngineSettings | N
     if why := nothing_to_gain(facts, settings):
         return _unchecked(settings, why)
     try:
-        means = KVMeans.load(means_path(facts.identity), facts.identity) if _needs_means(facts, kv) else None
+        means = KVMeans.load(means_path(facts.identity), facts.identity) if wants_means(facts, kv) else None
         checks = load_checks(record_path(facts.identity), facts.identity)
     except (MeansError, RecordedError):
         return None  # resolve_kv_types will say what is wrong with them
-    conditions = Conditions(_basis(means), kv.sink, kv.recent, text_key(kv, facts.context_length))
+    conditions = Conditions(_basis(means), kv.sink, kv.recent, arithmetic(settings), text_key(kv, facts.context_length))
 
     def judge(limits: Mapping[Pair, float]) -> Mapping[Pair, Measured]:
         raise _NotMeasured
@@ -101,50 +89,14 @@ def known_kv_types(facts: Facts, settings: EngineSettings) -> EngineSettings | N
         return None
 
 
-def candidates(facts: Facts, kv: KVSettings) -> list[KVSettings]:
-    """Settings between which the bytes of every answer to ``auto`` lie."""
-    types = ladder_of(facts.layers).types
-    alike = [_filled(kv, name, name) for name in (EXACT, *types)]
-    return [*alike, *(_filled(kv, EXACT, name) for name in types[:1])]
-
-
-def rounds(facts: Facts, kv: KVSettings) -> list[list[KVSettings]]:
-    """Settings that a check may run side by side, for its memory: the first round, and the largest second one."""
-    types = ladder_of(facts.layers).types
-    beside_exact = [*(_filled(kv, EXACT, name) for name in types), *(_filled(kv, name, EXACT) for name in types[:1])]
-    return [[_filled(kv, name, name) for name in types], beside_exact]
-
-
-def exact(kv: KVSettings) -> KVSettings:
-    """``kv`` with bf16 where it says ``auto``."""
-    return _filled(kv, EXACT, EXACT)
-
-
-def nothing_to_gain(facts: Facts, settings: EngineSettings) -> str:
-    """Why every choice would store the same as bf16; empty where one would not."""
-    if not _full(facts.layers):
-        return "no layer of this model stores a growing past"
-    windows = settings.kv.sink + settings.kv.recent
-    if (settings.ctx_size or facts.context_length) <= windows:
-        return f"a context of at most {windows} tokens lies in the exact windows"
-    return "" if ladder_of(facts.layers).types else "no codec fits the heads of this model"
-
-
-def ladder_of(layers: Sequence[LayerShape]) -> Ladder:
-    """Which types of the ladder this model's heads fit."""
-    skipped: dict[str, str] = {}
-    for name in LADDER:
-        for size in sorted({shape.head_dim for shape in _full(layers)}):
-            try:
-                make_codec(name, size)
-            except SettingsError as error:
-                skipped[name] = f"{error.what}: {error.why}" if error.why else error.what
-    return Ladder(tuple(name for name in LADDER if name not in skipped), skipped)
-
-
 def text_key(kv: KVSettings, context_length: int) -> str:
     """Names the text of a check: which part of which text is up to ``check_tokens`` and this module's version."""
     return f"moby-dick/{check_tokens(kv, context_length)}"
+
+
+def arithmetic(settings: EngineSettings) -> str:
+    """Names the precision of a run: packed weights alone move a KL by as much as q8_0 does."""
+    return f"{settings.device.partition(':')[0]} {settings.dtype}"
 
 
 def nothing_to_check(model: LoadedModel, settings: EngineSettings) -> str:
@@ -154,9 +106,7 @@ def nothing_to_check(model: LoadedModel, settings: EngineSettings) -> str:
     if model.tokenizer is None:
         return "a model without a tokenizer cannot read the text of the check"
     behind = len(check_ids(model, settings.kv)) - first_judged(settings.kv)
-    return (
-        f"{max(0, behind)} tokens of text behind the exact windows are too few to judge by" if behind < FEWEST else ""
-    )
+    return "" if behind >= FEWEST else "too few tokens of text lie behind the exact windows to judge by"
 
 
 def _unchecked(settings: EngineSettings, why: str) -> EngineSettings:
@@ -167,12 +117,12 @@ def _unchecked(settings: EngineSettings, why: str) -> EngineSettings:
 def _searched(facts: Facts, settings: EngineSettings, arms: dict[Pair, Measured], judge: Judge) -> EngineSettings:
     kv, ladder = settings.kv, ladder_of(facts.layers)
     named = {name for name in (kv.type_k, kv.type_v) if name != AUTO}
-    bits = {name: _bits(name, facts.layers) for name in {EXACT, *ladder.types, *named}}
+    bits = {name: bits_of(name, facts.layers) for name in {EXACT, *ladder.types, *named}}
     found = Search((kv.type_k, kv.type_v), ladder.types, bits, kv.budget, arms, judge).run()
-    return _settle(settings, _filled(kv, *found.pair), _choice(kv, found, ladder, bits))
+    return _settle(settings, filled(kv, *found.pair), _choice(kv, found, ladder))
 
 
-def _choice(kv: KVSettings, found: Found, ladder: Ladder, bits: Mapping[str, float]) -> KVChoice:
+def _choice(kv: KVSettings, found: Found, ladder: Ladder) -> KVChoice:
     chosen, anchor = found.tried.get(found.pair), found.tried.get(ANCHOR)
     return KVChoice(
         *found.pair,
@@ -189,52 +139,16 @@ def _choice(kv: KVSettings, found: Found, ladder: Ladder, bits: Mapping[str, flo
 def _wide(side: int, kv: KVSettings, found: Found, ladder: Ladder) -> str:
     """Why keys (side 0) or values (1) stay at 8 bits or more: the least KL among what was tried one step below."""
     mine, name = found.pair[side], ("keys", "values")[side]
-    below = ladder.types[ladder.types.index(mine) + 1 :] if mine in ladder.types else ladder.types
-    if (kv.type_k, kv.type_v)[side] != AUTO or mine not in (EXACT, LADDER[0]) or not below:
+    if (kv.type_k, kv.type_v)[side] != AUTO or mine not in (EXACT, LADDER[0]):
         return ""
-    kls = [arm.kl for pair, arm in found.tried.items() if pair[side] == below[0]]
-    return f"{name} stay at {mine}: at {below[0]} KL is {min(kls):.2g}" if kls else ""
+    below = ladder.types[ladder.types.index(mine) + 1 :] if mine in ladder.types else ladder.types
+    kls = [arm.kl for pair, arm in found.tried.items() if pair[side] in below[:1]]
+    why = f"at {below[0]} KL is {min(kls):.2g}" if kls else "its heads do not fit narrower types"
+    return f"{name} stay at {mine}: {why}"
 
 
 def _settle(settings: EngineSettings, kv: KVSettings, choice: KVChoice) -> EngineSettings:
     return replace(settings, kv=replace(kv, budget=None), kv_choice=choice)
-
-
-def _filled(kv: KVSettings, key: str, value: str) -> KVSettings:
-    return replace(
-        kv,
-        type_k=key if kv.type_k == AUTO else kv.type_k,
-        type_v=value if kv.type_v == AUTO else kv.type_v,
-    )
-
-
-def _types(kv: KVSettings) -> Pair:
-    return kv.type_k, kv.type_v
-
-
-def _full(layers: Sequence[LayerShape]) -> list[AttentionShape]:
-    return [shape for shape in layers if isinstance(shape, AttentionShape) and not shape.window]
-
-
-def _bits(name: str, layers: Sequence[LayerShape]) -> float:
-    """Bits a value of one side, scales included, over the full-attention layers."""
-    sizes = [(shape.kv_heads * shape.head_dim, make_codec(name, shape.head_dim)) for shape in _full(layers)]
-    return sum(values * codec.bits_per_value for values, codec in sizes) / sum(values for values, _ in sizes)
-
-
-def widest_need(facts: Facts, kv: KVSettings) -> KVSettings:
-    """Settings in place of ``kv`` that use means if anything the search may try does."""
-    rotated = [name for name in ladder_of(facts.layers).types if _rotated(name, facts.layers)]
-    return _filled(kv, *(rotated[:1] or [EXACT]) * 2)
-
-
-def _needs_means(facts: Facts, kv: KVSettings) -> bool:
-    need = widest_need(facts, kv)
-    return kv.means and any(_rotated(name, facts.layers) for name in _types(need))
-
-
-def _rotated(name: str, layers: Sequence[LayerShape]) -> bool:
-    return any(make_codec(name, shape.head_dim).rotated for shape in _full(layers))
 
 
 def _basis(means: KVMeans | None) -> str:
@@ -242,7 +156,7 @@ def _basis(means: KVMeans | None) -> str:
 
 
 def _load(identity: str, conditions: Conditions) -> Checks:
-    """What is on disk; measurements under other means are dropped, for they will not come back."""
+    """What is on disk; measurements under means that the model has no more are dropped."""
     path = record_path(identity)
     if not path.exists():
         return {}
@@ -251,7 +165,9 @@ def _load(identity: str, conditions: Conditions) -> Checks:
     except RecordedError as error:
         board.post(Notice("checking the KV types again", str(error).rstrip("."), "about a minute"))
         return {}
-    kept = {known: arms for known, arms in checks.items() if known.basis == conditions.basis}
+    kept = {known: arms for known, arms in checks.items() if not known.basis or known.basis == conditions.basis}
+    if not conditions.basis:
+        return checks
     if len(kept) < len(checks):
         board.post(Notice("checking the KV types again", "the means have changed", "about a minute"))
     return kept

@@ -31,11 +31,12 @@ class RecordedError(TurbomoeError):
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a measurement depends on. ``basis`` names the means that codes were centred by, ``text`` the token ids."""
+    """What a measurement depends on: the means that codes were centred by, windows, precision of the run, text."""
 
     basis: str
     sink: int
     recent: int
+    arithmetic: str
     text: str
 
 
