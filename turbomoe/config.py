@@ -84,12 +84,14 @@ class KVChoice:
 
     def line(self) -> str:
         """One line for a person."""
-        figures = [] if self.mean_kl is None else [f"KL {self.mean_kl:.4f}"]
-        figures += [] if self.budget is None else [f"budget {self.budget:.3f}"]
-        figures = [", ".join(figures)] if figures else []
-        figures += [] if self.q8_0 is None else [f"q8_0 {self.q8_0:.4f}"]
-        measured = f" ({'; '.join(figures)})" if figures else ""
+        sizes = (("KL", self.mean_kl), ("budget", self.budget), ("q8_0", self.q8_0))
+        figures = ", ".join(f"{name} {_nats(size)}" for name, size in sizes if size is not None)
+        measured = f" ({figures})" if figures else ""
         return f"KV cache: keys {self.type_k}, values {self.type_v}{measured}{f'; {self.why}' if self.why else ''}"
+
+
+def _nats(size: float) -> str:
+    return f"{size:.3f}" if size >= 0.01 else f"{size:.2g}"
 
 
 @dataclass(frozen=True)

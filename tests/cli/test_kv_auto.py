@@ -45,7 +45,7 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_chat_model(tmp_path_factory.mktemp("models") / "hybrid.gguf", family="qwen35")
 
 
-LINE = "KV cache: keys q8_0, values tq2 (KL 0.0040, budget 0.020; q8_0 0.0040); keys stay at q8_0: at tq4 KL is 0.36"
+LINE = "KV cache: keys q8_0, values tq2 (KL 0.004, budget 0.020, q8_0 0.004); keys stay at q8_0: at tq4 KL is 0.36"
 
 
 def test_checked_at_first_use_and_told_every_time(turbomoe: Turbomoe, hybrid: Path, judged: list[int]) -> None:

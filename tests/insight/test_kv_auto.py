@@ -238,7 +238,7 @@ def test_wide_keys_say_why(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(kv_auto, "measure", judge)
     choice = resolve_kv_types(model, WISH).kv_choice
     assert choice is not None and choice.line() == (
-        "KV cache: keys q8_0, values tq2 (KL 0.0041, budget 0.020; q8_0 0.0041); keys stay at q8_0: at tq4 KL is 0.36"
+        "KV cache: keys q8_0, values tq2 (KL 0.0041, budget 0.020, q8_0 0.0041); keys stay at q8_0: at tq4 KL is 0.36"
     )
     assert choice.to_json()["why"] == "keys stay at q8_0: at tq4 KL is 0.36"
 
@@ -251,7 +251,7 @@ def test_bf16_says_why(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> N
     settings = resolve_kv_types(model, replace(WISH, kv=replace(AUTO, budget=0.02)))
     assert (settings.kv.type_k, settings.kv.type_v) == (EXACT, EXACT) and settings.kv_choice is not None
     assert settings.kv_choice.line() == (
-        "KV cache: keys bf16, values bf16 (budget 0.020; q8_0 0.5000); "
+        "KV cache: keys bf16, values bf16 (budget 0.020, q8_0 0.500); "
         "keys stay at bf16: at q8_0 KL is 0.5; values stay at bf16: at q8_0 KL is 0.5"
     )
 
