@@ -18,6 +18,7 @@ FIELDS = [
 SPECS = {
     "tq3": KVSettings("tq3", "tq3"),
     "tq4/tq3": KVSettings("tq4", "tq3"),
+    "tcq2.5/tcq2": KVSettings("tcq2.5", "tcq2"),
     "turbo3": KVSettings("tq3", "tq3"),
     "bf16/q8_0": KVSettings("bf16", "q8_0"),
     "tq4@128+1024": KVSettings("tq4", "tq4", 128, 1024),

@@ -13,7 +13,7 @@ from turbomoe.config import EngineSettings
 from turbomoe.hardware.memory import DeviceMemory
 from turbomoe.insight import kv_auto
 from turbomoe.insight.kv_record import record_path
-from turbomoe.insight.kv_search import Measured
+from turbomoe.insight.kv_search import LADDER, Measured
 from turbomoe.models import load_model
 
 RUN = ("-p", "Why?", "-n", "2", "--temp", "0")
@@ -34,7 +34,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def judge(model, kv, means, ids, limits, progress=None):
         passes.append(len(limits))
-        return {pair: Measured(0.36 if pair[0].startswith("tq") else 0.004, 100, 100) for pair in limits}
+        return {pair: Measured(0.004 if pair[0] in ("bf16", "q8_0") else 0.36, 100, 100) for pair in limits}
 
     monkeypatch.setattr(kv_auto, "measure", judge)
     return passes
@@ -45,18 +45,23 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_chat_model(tmp_path_factory.mktemp("models") / "hybrid.gguf", family="qwen35")
 
 
-LINE = "KV cache: keys q8_0, values tq2 (KL 0.004, budget 0.020, q8_0 0.004); keys stay at q8_0: at tq4 KL is 0.36"
+NARROW = LADDER[-1]
+LINE = (
+    f"KV cache: keys q8_0, values {NARROW} (KL 0.004, budget 0.020, q8_0 0.004); "
+    f"keys stay at q8_0: at {LADDER[1]} KL is 0.36"
+)
+ROUNDS = [len(LADDER)] * 2  # all alike; then q8_0 with all that is narrower, and narrower keys
 
 
 def test_checked_at_first_use_and_told_every_time(turbomoe: Turbomoe, hybrid: Path, judged: list[int]) -> None:
     first = turbomoe("run", "-m", hybrid, *RUN, *WINDOWS, "--strict")
     assert first.code == 0, first.err
     lines = first.err.splitlines()
-    assert lines.index(CHECKING) < lines.index(LINE) and judged == [4, 4]
+    assert lines.index(CHECKING) < lines.index(LINE) and judged == ROUNDS
     assert any(line.startswith("kv is at most that, and ") for line in lines)
     again = turbomoe("run", "-m", hybrid, *RUN, *WINDOWS, "--strict")
     lines = again.err.splitlines()
-    assert LINE in lines and CHECKING not in lines and "at most" not in again.err and judged == [4, 4]
+    assert LINE in lines and CHECKING not in lines and "at most" not in again.err and judged == ROUNDS
     assert again.out == first.out
 
 
@@ -68,7 +73,7 @@ def test_the_real_check(turbomoe: Turbomoe, hybrid: Path) -> None:
     assert auto == again.json["kv_auto"] and CHECKING in first.err and CHECKING not in again.err
     assert (auto["type_k"], auto["type_v"]) == (first.json["kv_type_k"], first.json["kv_type_v"])
     assert 0 < auto["mean_kl"] <= auto["budget"] and auto["tokens"] == 512 - 37
-    assert {(arm["k"], arm["v"]) for arm in auto["tried"]} >= {(name, name) for name in ("q8_0", "tq4", "tq3", "tq2")}
+    assert {(arm["k"], arm["v"]) for arm in auto["tried"]} >= {(name, name) for name in LADDER}
 
 
 def test_the_table_before_loading_counts_what_will_be_there(turbomoe: Turbomoe, hybrid: Path, judged) -> None:
@@ -77,7 +82,7 @@ def test_the_table_before_loading_counts_what_will_be_there(turbomoe: Turbomoe, 
         return " ".join(done.err.splitlines()[1].split()[3:5])
 
     run = ("run", "-m", hybrid, *RUN, *WINDOWS)
-    first, again, given = turbomoe(*run), turbomoe(*run), turbomoe(*run, "-ctk", "q8_0", "-ctv", "tq2")
+    first, again, given = turbomoe(*run), turbomoe(*run), turbomoe(*run, "-ctk", "q8_0", "-ctv", NARROW)
     exact = turbomoe(*run, "-ctk", "bf16", "-ctv", "bf16")
     assert kv(first) == kv(exact) != kv(again) == kv(given)
 
@@ -99,14 +104,14 @@ def test_given_types_are_reported_without_a_choice(turbomoe: Turbomoe, hybrid: P
 
 def test_one_side_alone(turbomoe: Turbomoe, hybrid: Path, judged: list[int]) -> None:
     report = turbomoe("run", "-m", hybrid, *RUN, *WINDOWS, "-ctk", "bf16", "--json").json
-    assert (report["kv_type_k"], report["kv_type_v"]) == ("bf16", "tq2") and judged == [5]
+    assert (report["kv_type_k"], report["kv_type_v"]) == ("bf16", NARROW) and judged == [len(LADDER) + 1]
     report = turbomoe("run", "-m", hybrid, *RUN, *WINDOWS, "-ctv", "bf16", "--json").json
     assert (report["kv_type_k"], report["kv_type_v"]) == ("q8_0", "bf16")
 
 
 def test_a_budget_of_one_s_own(turbomoe: Turbomoe, hybrid: Path, judged: list[int]) -> None:
     run = ("run", "-m", hybrid, *RUN, *WINDOWS, "--json")
-    assert turbomoe(*run, "--kv-budget", "0.5").json["kv_type_k"] == "tq2"
+    assert turbomoe(*run, "--kv-budget", "0.5").json["kv_type_k"] == NARROW
     assert turbomoe(*run, "--kv-budget", "0.001").json["kv_auto"]["type_k"] == "bf16"
     assert turbomoe(*run, "--kv-budget", "0").code == cli.USAGE
 
@@ -127,7 +132,7 @@ def test_chat_reports_the_choice_too(turbomoe: Turbomoe, hybrid: Path, judged, m
 def test_eval_judges_what_auto_chose(turbomoe: Turbomoe, hybrid: Path, judged: list[int]) -> None:
     run = ("eval", "-m", hybrid, "--tokens", "100", *WINDOWS, "--json")
     report = turbomoe(*run).json
-    assert [r["label"] for r in report["results"]][2:] == ["K q8_0 V tq2 4/32"]
+    assert [r["label"] for r in report["results"]][2:] == [f"K q8_0 V {NARROW} 4/32"]
     assert report["kv_auto"]["type_k"] == "q8_0"
     judged.clear()
     report = turbomoe(*run, "--kv", "tq3", "--kv-recent", "48").json

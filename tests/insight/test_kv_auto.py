@@ -16,7 +16,7 @@ from turbomoe.engine.runner import ModelRunner
 from turbomoe.errors import SettingsError
 from turbomoe.experts.base import Phase
 from turbomoe.files.atomic import write_bytes
-from turbomoe.insight import kv_auto, kv_check
+from turbomoe.insight import kv_auto, kv_check, kv_ladder
 from turbomoe.insight.kv_auto import known_kv_types, nothing_to_check, resolve_kv_types
 from turbomoe.insight.kv_check import check_ids, first_judged, measure
 from turbomoe.insight.kv_ladder import candidates
@@ -204,7 +204,7 @@ def test_another_budget_measures_what_it_lacks(model: LoadedModel, checks) -> No
     assert not done & set().union(*checks), "what ran to its end is known"
     checks.clear()
     wide = resolve_kv_types(model, replace(WISH, kv=replace(AUTO, budget=50.0)))
-    assert (wide.kv.type_k, wide.kv.type_v) == ("tq2", "tq2")
+    assert wide.kv.type_k == wide.kv.type_v == LADDER[-1]
 
 
 def test_other_windows_are_another_check_and_both_are_kept(model: LoadedModel, checks) -> None:
@@ -233,14 +233,14 @@ def test_other_arithmetic_and_no_means_are_other_checks_and_kept_too(model, fore
 
 def test_wide_keys_say_why(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def judge(model, kv, means, ids, limits, progress=None):
-        return {pair: Measured(0.36 if pair[0].startswith("tq") else 0.0041, 100, 100) for pair in limits}
+        return {pair: Measured(0.0041 if pair[0] in (EXACT, "q8_0") else 0.36, 100, 100) for pair in limits}
 
     monkeypatch.setattr(kv_auto, "measure", judge)
     choice = resolve_kv_types(model, WISH).kv_choice
-    assert choice is not None and choice.line() == (
-        "KV cache: keys q8_0, values tq2 (KL 0.0041, budget 0.020, q8_0 0.0041); keys stay at q8_0: at tq4 KL is 0.36"
-    )
-    assert choice.to_json()["why"] == "keys stay at q8_0: at tq4 KL is 0.36"
+    assert choice is not None
+    assert choice.why == choice.to_json()["why"] == f"keys stay at q8_0: at {LADDER[1]} KL is 0.36"
+    figures = "(KL 0.0041, budget 0.020, q8_0 0.0041)"
+    assert choice.line() == f"KV cache: keys q8_0, values {LADDER[-1]} {figures}; {choice.why}"
 
 
 def test_bf16_says_why(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +256,8 @@ def test_bf16_says_why(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> N
     )
 
 
-def test_a_type_that_the_heads_do_not_fit_is_skipped_with_the_reason(llama: LoadedModel, checks) -> None:
+def test_a_type_that_the_heads_do_not_fit_is_skipped_with_the_reason(llama: LoadedModel, checks, monkeypatch) -> None:
+    monkeypatch.setattr(kv_ladder, "LADDER", ("q8_0", "tq4", "tq3", "tq2"))
     choice = resolve_kv_types(llama, WISH).kv_choice
     assert choice is not None and set(choice.skipped) == {"q8_0"} and "blocks of 32" in choice.skipped["q8_0"]
     assert choice.q8_0 is None and choice.budget == 0.02

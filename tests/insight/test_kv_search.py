@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turbomoe.insight.kv_search import ANCHOR, BUDGET, EXACT, LADDER, OVER_ANCHOR, Found, Measured, Pair, Search
+from turbomoe.insight.kv_search import ANCHOR, BUDGET, EXACT, OVER_ANCHOR, Found, Measured, Pair, Search
 
 AUTO = "auto"
+LADDER = ("q8_0", "tq4", "tq3", "tq2")  # any would do: names mean nothing to the search
 BITS = {"bf16": 16.0, "q8_0": 8.5, "tq4": 4.25, "tq3": 3.25, "tq2": 2.25}
 OF = 1000
 GIVEN_UP = 250  # tokens after which the fake judge looks whether a pair can still make it
@@ -140,6 +141,19 @@ def test_what_was_given_up_is_measured_again_where_that_matters() -> None:
 def test_without_q8_0_the_budget_is_the_constant() -> None:
     found, judge = search(additive(EASY, VALUES), ladder=("tq4", "tq3", "tq2"))
     assert found.budget == BUDGET and ANCHOR not in judge.pairs and found.pair == ("tq3", "tq2")
+
+
+def test_steps_of_half_a_bit() -> None:
+    """The trellis' ladder: around 3 bits there are two narrower types for the values."""
+    ladder = ("q8_0", "tcq4", "tcq3", "tcq2.5", "tcq2")
+    keys = dict(zip((EXACT, *ladder), (0, 0.0001, 0.001, 0.003, 0.03, 0.1), strict=True))
+    values = dict(zip((EXACT, *ladder), (0, 0.0001, 0.0005, 0.001, 0.002, 0.03), strict=True))
+    table = {(k, v): keys[k] + values[v] for k in keys for v in values}
+    bits = dict(zip((EXACT, *ladder), (16, 8.5, 4.125, 3.125, 2.625, 2.125), strict=True))
+    judge = FakeJudge(table)
+    found = Search((AUTO, AUTO), ladder, bits, None, {}, judge).run()
+    assert found.pair == ("tcq3", "tcq2.5")
+    assert judge.pairs[5:] == [("tcq3", "tcq2.5"), ("tcq3", "tcq2"), ("tcq2.5", "tcq3")]
 
 
 kls = st.one_of(st.floats(0, 0.06), st.floats(0, 3))

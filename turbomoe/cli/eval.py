@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from turbomoe.models.base import Forecast, LoadedModel
 
 TOKENS = 2048
-_SPEC = re.compile(r"([a-z0-9_]+)(?:/([a-z0-9_]+))?(?:@(\d{1,7})\+(\d{1,7}))?(-means)?")
+_SPEC = re.compile(r"([a-z0-9_.]+)(?:/([a-z0-9_.]+))?(?:@(\d{1,7})\+(\d{1,7}))?(-means)?")
 SPEC_HELP = "K[/V][@SINK+RECENT][-means], as in tq3, tq3/tq2, tq4@128+1024 or tq3@0+0-means; repeatable"
 
 
