@@ -18,7 +18,7 @@ from turbomoe.config import AUTO
 LADDER = ("q8_0", "tq4", "tq3", "tq2")
 EXACT = "bf16"
 ANCHOR = ("q8_0", "q8_0")
-BUDGET = 0.02  # nats a token: what 3 bits cost a model that bears them, and what nobody notices in text
+BUDGET = 0.02  # nats a token: room for about 3 bits on the models that bear them (docs/kv-quality.md)
 OVER_ANCHOR = 1.5
 
 Pair = tuple[str, str]
