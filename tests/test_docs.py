@@ -87,9 +87,10 @@ def test_the_flags_of_the_table_exist() -> None:
 
 
 def test_the_defaults_of_the_table_are_the_defaults() -> None:
-    settings, found = EngineSettings(), table()
+    settings, found, flags = EngineSettings(), table(), argparse.ArgumentParser()
+    add_engine(flags)
     assert found["--ctx-size"] == str(settings.ctx_size)
-    assert found["-ctk"] == settings.kv.type_k == settings.kv.type_v
+    assert found["-ctk"] == found["-ctv"] == flags.get_default("cache_type_k") == flags.get_default("cache_type_v")
     assert found["--kv-sink"] == f"{settings.kv.sink}, {settings.kv.recent}"
     assert found["--moe-cache"] == settings.experts.cache
     assert found["--threads"] == str(settings.threads)

@@ -6,8 +6,11 @@ Values come from the command line or from Python; every class checks itself when
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from math import inf
 from pathlib import Path
+from typing import Any
 
 from turbomoe.errors import SettingsError
 
@@ -15,6 +18,7 @@ MOE_POLICIES = ("adaptive", "frozen", "lru")
 KV_TYPE_ALIASES = {
     "turbo2": "tq2", "turbo3": "tq3", "turbo4": "tq4", "turbo2_tcq": "tcq2", "turbo3_tcq": "tcq3",
 }  # fmt: skip
+AUTO = "auto"  # a KV type that ``insight.kv_auto`` replaces before anything is built
 
 
 def state_dir() -> Path:
@@ -32,19 +36,64 @@ def require(ok: bool, what: str, fix: str = "") -> None:
 
 @dataclass(frozen=True)
 class KVSettings:
-    """How the past is stored. Types are codec names of ``turbomoe.kv``; ``sink`` and ``recent`` count tokens."""
+    """How the past is stored. Types are codec names of ``turbomoe.kv``; ``sink`` and ``recent`` count tokens.
+
+    A type may be ``auto`` until ``insight.kv_auto`` has chosen one whose mean KL stays within ``budget`` nats a token
+    (None: as much as 1.5 times what q8_0 costs, and 0.02 in any case).
+    """
 
     type_k: str = "bf16"
     type_v: str = "bf16"
     sink: int = 64
     recent: int = 256
     means: bool = True
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "type_k", KV_TYPE_ALIASES.get(self.type_k, self.type_k))
         object.__setattr__(self, "type_v", KV_TYPE_ALIASES.get(self.type_v, self.type_v))
         require(0 <= self.sink <= 1 << 20, f"--kv-sink must be between 0 and 1048576, not {self.sink}")
         require(0 <= self.recent <= 1 << 20, f"--kv-recent must be between 0 and 1048576, not {self.recent}")
+        fine = self.budget is None or 0 < self.budget < inf
+        require(fine, f"--kv-budget must be a positive number of nats, not {self.budget}")
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether a type is still to be chosen."""
+        return AUTO in (self.type_k, self.type_v)
+
+
+@dataclass(frozen=True)
+class KVChoice:
+    """What ``auto`` chose and why, for people and for ``--json``.
+
+    ``why`` says why nothing was measured, or why the keys stay wide; KL in nats a token over ``tokens`` positions.
+    ``tried`` and ``skipped`` list what was measured, and the types that this model's heads do not fit.
+    """
+
+    type_k: str
+    type_v: str
+    why: str = ""
+    mean_kl: float | None = None
+    budget: float | None = None
+    q8_0: float | None = None
+    tokens: int = 0
+    tried: tuple[Mapping[str, Any], ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def line(self) -> str:
+        """One line for a person."""
+        sizes = (("KL", self.mean_kl), ("budget", self.budget), ("q8_0", self.q8_0))
+        figures = ", ".join(f"{name} {_nats(size)}" for name, size in sizes if size is not None)
+        measured = f" ({figures})" if figures else ""
+        return f"KV cache: keys {self.type_k}, values {self.type_v}{measured}{f'; {self.why}' if self.why else ''}"
+
+
+def _nats(size: float) -> str:
+    return f"{size:.3f}" if size >= 0.01 else f"{size:.2g}"
 
 
 @dataclass(frozen=True)
@@ -80,6 +129,7 @@ class EngineSettings:
     """Everything an engine is built from. ``ctx_size`` 0 means the model's own limit, capped by memory.
 
     ``body`` ``auto`` runs decoder layers by our own code where a family has it, ``stock`` always by transformers'.
+    ``kv_choice`` tells why ``kv`` has its types where they were left to ``auto``.
     """
 
     ctx_size: int = 4096
@@ -91,6 +141,7 @@ class EngineSettings:
     body: str = "auto"
     kv: KVSettings = field(default_factory=KVSettings)
     experts: ExpertSettings = field(default_factory=ExpertSettings)
+    kv_choice: KVChoice | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         require(0 <= self.ctx_size <= 1 << 24, f"--ctx-size must be between 0 and 16777216, not {self.ctx_size}")

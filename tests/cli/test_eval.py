@@ -20,6 +20,7 @@ SPECS = {
     "tq4/tq3": KVSettings("tq4", "tq3"),
     "tcq2.5": KVSettings("tcq2.5", "tcq2.5"),
     "tcq3/tcq2.5@8+16": KVSettings("tcq3", "tcq2.5", 8, 16),
+    "tcq2.5/tcq2": KVSettings("tcq2.5", "tcq2"),
     "turbo3": KVSettings("tq3", "tq3"),
     "bf16/q8_0": KVSettings("bf16", "q8_0"),
     "tq4@128+1024": KVSettings("tq4", "tq4", 128, 1024),
@@ -60,7 +61,9 @@ def test_the_table_is_on_standard_output_and_the_rest_is_not(turbomoe: Turbomoe,
 
 
 def test_json(turbomoe: Turbomoe, chat_model: Path) -> None:
-    report = turbomoe("eval", "-m", chat_model, "--tokens", "64", "--json", "-ctk", "tq2", "--kv-recent", "8").json
+    report = turbomoe(
+        "eval", "-m", chat_model, "--tokens", "64", "--json", "-ctk", "tq2", "-ctv", "bf16", "--kv-recent", "8"
+    ).json
     assert list(report) == ["model", "text", "results"] and report["model"] == "tiny llama"
     assert [list(result) for result in report["results"]] == [FIELDS] * 3
     assert [r["label"] for r in report["results"]][2] == "K tq2 V bf16 64/8"
@@ -70,7 +73,7 @@ def test_json(turbomoe: Turbomoe, chat_model: Path) -> None:
 def test_a_text_of_one_s_own(turbomoe: Turbomoe, chat_model: Path, tmp_path: Path) -> None:
     text = tmp_path / "book.txt"
     text.write_text("Grüße. " * 3)
-    run = ("eval", "-m", chat_model, "--text", text, "--json", "--strict")
+    run = ("eval", "-m", chat_model, "--text", text, "--json", "--strict", "-ctk", "bf16", "-ctv", "bf16")
     done = turbomoe(*run)
     assert done.json["text"] == str(text) and len(done.json["results"]) == 2
     count = done.json["results"][0]["tokens"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -26,28 +27,39 @@ def settings(*arguments: str) -> EngineSettings:
     return engine_settings(parse(*arguments))
 
 
-def test_no_flag_is_the_settings_model_s_own_default() -> None:
-    assert settings() == EngineSettings()
+AUTO = KVSettings("auto", "auto")
+
+
+def wish(**changes: Any) -> EngineSettings:
+    """The settings model's own defaults, but KV types are chosen for the model."""
+    return EngineSettings(**{"kv": AUTO, **changes})
+
+
+def test_no_flag_is_the_settings_model_s_own_default_but_for_kv_types() -> None:
+    assert settings() == wish()
 
 
 FLAGS = {
-    "-c 8192": EngineSettings(ctx_size=8192),
-    "--ctx-size 0": EngineSettings(ctx_size=0),
-    "-np 4": EngineSettings(parallel=4),
-    "--parallel 4": EngineSettings(parallel=4),
-    "-t 3": EngineSettings(threads=3),
-    "--threads 3": EngineSettings(threads=3),
-    "--dtype float32": EngineSettings(dtype="float32"),
-    "-ctk tq3 -ctv tq2": EngineSettings(kv=KVSettings("tq3", "tq2")),
-    "--cache-type-k turbo3 --cache-type-v q8_0": EngineSettings(kv=KVSettings("tq3", "q8_0")),
-    "--kv-sink 0 --kv-recent 128": EngineSettings(kv=KVSettings(sink=0, recent=128)),
-    "--moe-cache auto": EngineSettings(experts=ExpertSettings(cache="auto")),
-    "--moe-cache off": EngineSettings(experts=ExpertSettings(cache="off")),
-    "--moe-cache 2G": EngineSettings(experts=ExpertSettings(cache=2 << 30)),
-    "--moe-policy frozen": EngineSettings(experts=ExpertSettings(policy="frozen")),
-    "--moe-policy lru": EngineSettings(experts=ExpertSettings(policy="lru")),
-    "--moe-hysteresis 1.5": EngineSettings(experts=ExpertSettings(hysteresis=1.5)),
-    "--moe-half-life 64": EngineSettings(experts=ExpertSettings(half_life=64.0)),
+    "-c 8192": wish(ctx_size=8192),
+    "--ctx-size 0": wish(ctx_size=0),
+    "-np 4": wish(parallel=4),
+    "--parallel 4": wish(parallel=4),
+    "-t 3": wish(threads=3),
+    "--threads 3": wish(threads=3),
+    "--dtype float32": wish(dtype="float32"),
+    "-ctk tq3 -ctv tq2": wish(kv=KVSettings("tq3", "tq2")),
+    "--cache-type-k turbo3 --cache-type-v q8_0": wish(kv=KVSettings("tq3", "q8_0")),
+    "--kv-sink 0 --kv-recent 128": wish(kv=KVSettings("auto", "auto", sink=0, recent=128)),
+    "-ctk q8_0": wish(kv=KVSettings("q8_0", "auto")),
+    "-ctv bf16": wish(kv=KVSettings("auto", "bf16")),
+    "--kv-budget 0.05": wish(kv=KVSettings("auto", "auto", budget=0.05)),
+    "--moe-cache auto": wish(experts=ExpertSettings(cache="auto")),
+    "--moe-cache off": wish(experts=ExpertSettings(cache="off")),
+    "--moe-cache 2G": wish(experts=ExpertSettings(cache=2 << 30)),
+    "--moe-policy frozen": wish(experts=ExpertSettings(policy="frozen")),
+    "--moe-policy lru": wish(experts=ExpertSettings(policy="lru")),
+    "--moe-hysteresis 1.5": wish(experts=ExpertSettings(hysteresis=1.5)),
+    "--moe-half-life 64": wish(experts=ExpertSettings(half_life=64.0)),
 }
 
 
@@ -63,6 +75,10 @@ OUT_OF_RANGE = {
     "-t -2": "--threads",
     "--kv-sink -1": "--kv-sink",
     "--kv-recent -1": "--kv-recent",
+    "--kv-budget 0": "--kv-budget",
+    "--kv-budget -0.1": "--kv-budget",
+    "--kv-budget nan": "--kv-budget",
+    "--kv-budget inf": "--kv-budget",
     "--moe-hysteresis 0.5": "--moe-hysteresis",
     "--moe-hysteresis nan": "--moe-hysteresis",
     "--moe-half-life 0": "--moe-half-life",
@@ -122,7 +138,7 @@ def test_exactly_one_model(line: str) -> None:
 @pytest.mark.parametrize("flag", ["-ngl 99", "--n-gpu-layers 99", "-ncmoe 10", "--n-cpu-moe 10", "--cpu-moe"])
 def test_placement_flags_are_taken_and_answered(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = sum(board.counts.values())
-    assert settings(*flag.split()) == EngineSettings()
+    assert settings(*flag.split()) == wish()
     assert sum(board.counts.values()) == before + 1
 
 
@@ -130,3 +146,11 @@ def test_placement_zero_is_what_happens_anyway() -> None:
     before = sum(board.counts.values())
     settings("-ngl", "0")
     assert sum(board.counts.values()) == before
+
+
+def test_a_budget_with_nothing_to_choose_is_answered() -> None:
+    before = board.counts["--kv-budget has no effect"]
+    settings("-ctk", "tq4", "--kv-budget", "0.1")
+    assert board.counts["--kv-budget has no effect"] == before
+    settings("-ctk", "tq4", "-ctv", "tq4", "--kv-budget", "0.1")
+    assert board.counts["--kv-budget has no effect"] == before + 1

@@ -47,7 +47,8 @@ def main(args: argparse.Namespace) -> int:
 
 def load_demo(settings: EngineSettings) -> LoadedModel:
     """The demo model, after the memory table."""
-    from turbomoe.cli.loading import Bar, announce, quiet_transformers
+    from turbomoe.cli.announce import announce
+    from turbomoe.cli.loading import Bar, quiet_transformers
 
     quiet_transformers()
     from turbomoe.files.reference import resolve

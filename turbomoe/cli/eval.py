@@ -6,19 +6,19 @@ import argparse
 import json
 import re
 import sys
-from functools import partial
 from typing import TYPE_CHECKING
 
-from turbomoe.cli.options import add_common, add_engine, add_model, engine_settings
+from turbomoe.cli.options import add_common, add_engine, add_model
 from turbomoe.cli.prompts import read_text, text_ids
 from turbomoe.cli.tables import table_lines
-from turbomoe.config import KVSettings
+from turbomoe.config import EngineSettings, KVSettings
 from turbomoe.errors import RequestError, SettingsError
 from turbomoe.notices import Notice, board
 
 if TYPE_CHECKING:
+    from turbomoe.hardware.memory import MemoryUse
     from turbomoe.insight.divergence import Divergence
-    from turbomoe.models.base import LoadedModel
+    from turbomoe.models.base import Forecast, LoadedModel
 
 TOKENS = 2048
 _SPEC = re.compile(r"([a-z0-9_.]+)(?:/([a-z0-9_.]+))?(?:@(\d{1,7})\+(\d{1,7}))?(-means)?")
@@ -50,12 +50,18 @@ def main(args: argparse.Namespace) -> int:
 
     _check(args)
     text, name = (read_text(args.text), args.text) if args.text else (judgement_text(), NAME)
-    judged = judged_settings(args)
+    specs = [parse_spec(spec) for spec in args.kv or ()]
+    if specs:  # nothing is asked of -ctk and -ctv, so nothing is chosen for them
+        args.cache_type_k = args.cache_type_v = "bf16"
     args.ctx_size = args.tokens or TOKENS
     from turbomoe.cli.loading import Bar, load, means
     from turbomoe.insight.divergence import compare, comparison_use
 
-    model, settings = load(args, partial(comparison_use, judged=judged), asked=args.tokens is not None)
+    def use(forecast: Forecast, settings: EngineSettings) -> MemoryUse:
+        return comparison_use(forecast, settings, judged_settings(specs, settings.kv))
+
+    model, settings = load(args, use, asked=args.tokens is not None)
+    judged = judged_settings(specs, settings.kv)
     ids = tokens_of(model, text, name, settings.ctx_size)
     if args.tokens is not None and len(ids) < args.tokens:
         board.post(Notice(f"{len(ids)} tokens are judged, not {args.tokens}", f"{name} has no more", expected=True))
@@ -64,7 +70,8 @@ def main(args: argparse.Namespace) -> int:
     with Bar("judging", unit="token") as bar:
         verdicts = compare(model, ids, judged, bar)
     if args.json:
-        print(json.dumps({"model": model.name, "text": name, "results": [v.to_json() for v in verdicts]}))
+        chosen = {} if settings.kv_choice is None else {"kv_auto": settings.kv_choice.to_json()}
+        print(json.dumps({"model": model.name, "text": name, "results": [v.to_json() for v in verdicts], **chosen}))
     else:
         print(f"{model.name}, {len(ids)} tokens of {name}", file=sys.stderr)
         print(render(verdicts))
@@ -78,13 +85,12 @@ def _check(args: argparse.Namespace) -> None:
         raise SettingsError("eval has no use for --ctx-size and --parallel", fix="Say --tokens N for a longer context")
 
 
-def judged_settings(args: argparse.Namespace) -> list[KVSettings]:
-    """The settings that --kv names, else that -ctk and -ctv name; none beside the reference for plain bf16."""
+def judged_settings(specs: list[KVSettings], kv: KVSettings) -> list[KVSettings]:
+    """The settings that --kv names, else the run's own; none beside the reference for plain bf16."""
     from turbomoe.insight.divergence import REFERENCE
 
-    if args.kv:
-        return [parse_spec(spec) for spec in args.kv]
-    kv = engine_settings(args).kv
+    if specs:
+        return specs
     return [kv] if (kv.type_k, kv.type_v) != (REFERENCE.type_k, REFERENCE.type_v) else []
 
 

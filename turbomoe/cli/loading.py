@@ -5,21 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from turbomoe.cli.announce import Plan, announce
 from turbomoe.cli.options import engine_settings, model_reference
 from turbomoe.config import EngineSettings, KVSettings
 
 if TYPE_CHECKING:
+    from turbomoe.cli.announce import Use
     from turbomoe.engine.engine import Engine
     from turbomoe.engine.request import Usage
-    from turbomoe.hardware.memory import MemoryUse
     from turbomoe.kv.means import KVMeans
     from turbomoe.models.base import Forecast, LoadedModel
-
-    Use = Callable[[Forecast, EngineSettings], MemoryUse]
 
 
 class Bar(AbstractContextManager["Bar"]):
@@ -54,7 +52,8 @@ def load(
     """Resolve, check and load the model that ``args`` name; the memory table goes to standard error first.
 
     ``use`` tells what the verb will take; by default one engine's memory. ``asked`` tells whether the size of
-    context is the user's wish; by default whether there was a -c. The settings come back with the size settled on.
+    context is the user's wish; by default whether there was a -c. The settings come back with the size settled on,
+    and with the KV types that ``auto`` became.
     """
     wished = args.ctx_size is not None if asked is None else asked
     settings = engine_settings(args)
@@ -67,11 +66,10 @@ def load(
     if settings.threads:
         torch.set_num_threads(settings.threads)
     path = resolve(model_reference(args))
-    settled = settings
+    plans: list[Plan] = []
 
     def before(forecast: Forecast) -> None:
-        nonlocal settled
-        settled = announce(forecast, settings, asked=wished, use=use)
+        plans.append(announce(forecast, settings, asked=wished, use=use))
 
     with Bar("loading") as bar:
         model = load_model(path, settings, bar, before=before)
@@ -79,23 +77,32 @@ def load(
         from turbomoe.cli.expert_profile import use_profiles
 
         use_profiles(args, model)
-    return model, settled
+    return model, settle_types(model, plans[0])
 
 
-def announce(
-    forecast: Forecast, settings: EngineSettings, *, asked: bool = True, use: Use | None = None
-) -> EngineSettings:
-    """Print what the run will take; raise ``OutOfMemoryError`` when it does not fit. Returns the settled settings."""
-    from turbomoe.engine.forecast import memory_use, settle_context
-    from turbomoe.hardware.memory import devices, memory_table
+def settle_types(model: LoadedModel, plan: Plan) -> EngineSettings:
+    """The settings to run with: KV types chosen if they are still ``auto``, told, and checked against memory.
 
-    found = devices()
-    room = next((memory.available for memory in found if memory.device == settings.device), 0)
-    settled = settle_context(forecast, settings, asked=asked, room=room)
-    table = memory_table({settings.device: (use or memory_use)(forecast, settled)}, found)
-    print(table.render(), file=sys.stderr, flush=True)
-    table.check_fits()
-    return settled
+    Where there was nothing to choose, nobody needs to hear of it.
+    """
+    settings = plan.settings
+    if settings.kv.is_auto:
+        settings = plan.with_types(choose_types(model, plan.settings))
+    if settings.kv_choice is not None and settings.kv_choice.tried:
+        print(settings.kv_choice.line(), file=sys.stderr, flush=True)
+    return settings
+
+
+def choose_types(model: LoadedModel, settings: EngineSettings) -> EngineSettings:
+    """Types in place of ``auto``, telling a person that the model is checked first."""
+    from turbomoe.insight.kv_auto import nothing_to_check, resolve_kv_types
+    from turbomoe.insight.kv_ladder import widest_need
+
+    if not nothing_to_check(model, settings):
+        means(model, widest_need(model, settings.kv))
+        print("checking which KV types this model bears, once for it...", file=sys.stderr, flush=True)
+    with Bar("checking", unit="token") as bar:
+        return resolve_kv_types(model, settings, bar)
 
 
 def make_engine(model: LoadedModel, settings: EngineSettings) -> Engine:
@@ -152,6 +159,8 @@ def statistics(engine: Engine, usage: Usage, watch: Stopwatch) -> dict[str, Any]
         "kv_bytes": memory.nbytes(),
         "kv_bits_per_value": round(memory.bits_per_value(), 3),
     }
+    if (choice := engine.settings.kv_choice) is not None:
+        figures["kv_auto"] = choice.to_json()
     if engine.model.experts is not None:
         figures["experts"] = engine.model.experts.describe()
     return figures

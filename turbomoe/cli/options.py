@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from turbomoe.config import MOE_POLICIES, EngineSettings, ExpertSettings, KVSettings
+from turbomoe.config import AUTO, MOE_POLICIES, EngineSettings, ExpertSettings, KVSettings
 from turbomoe.notices import Notice, board
 from turbomoe.units import parse_size
 
-KV_TYPES = "bf16 (exact), q8_0, tq4, tq3, tq2, or by trellis tcq4, tcq3, tcq2.5, tcq2"
+KV_TYPES = "auto (checked once for a model), bf16 (exact), q8_0, tq4, tq3, tq2, or by trellis tcq4, tcq3, tcq2.5, tcq2"
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -76,9 +76,15 @@ def _add_kv(parser: argparse.ArgumentParser, defaults: KVSettings) -> None:
             f"-ct{letter}",
             f"--cache-type-{letter}",
             metavar="TYPE",
-            default=getattr(defaults, f"type_{letter}"),
+            default=AUTO,
             help=f"how {name} of the past are stored: {KV_TYPES} (default %(default)s)",
         )
+    group.add_argument(
+        "--kv-budget",
+        type=float,
+        metavar="KL",
+        help="mean KL that auto may cost, nats a token (default: 0.02, or 1.5 times what q8_0 costs if that is more)",
+    )
     group.add_argument(
         "--kv-sink", type=int, metavar="N", default=defaults.sink, help="first tokens kept exact (default %(default)s)"
     )
@@ -154,12 +160,13 @@ def moe_cache(text: str) -> str | int:
 def engine_settings(args: argparse.Namespace) -> EngineSettings:
     """The settings that the flags of ``add_engine`` ask for; raises ``SettingsError`` for values out of range."""
     _note_placement(args)
+    _note_budget(args)
     return EngineSettings(
         ctx_size=EngineSettings.ctx_size if args.ctx_size is None else args.ctx_size,
         parallel=args.parallel,
         threads=args.threads,
         dtype=args.dtype,
-        kv=KVSettings(args.cache_type_k, args.cache_type_v, args.kv_sink, args.kv_recent),
+        kv=KVSettings(args.cache_type_k, args.cache_type_v, args.kv_sink, args.kv_recent, budget=args.kv_budget),
         experts=ExpertSettings(
             cache=moe_cache(args.moe_cache),
             hysteresis=args.moe_hysteresis,
@@ -175,3 +182,9 @@ def _note_placement(args: argparse.Namespace) -> None:
         if value not in (None, "0"):
             why = "this version computes every layer and every expert on the CPU"
             board.post(Notice(f"{flag} has no effect", why, avoid=f"leave {flag} out"))
+
+
+def _note_budget(args: argparse.Namespace) -> None:
+    if args.kv_budget is not None and AUTO not in (args.cache_type_k, args.cache_type_v):
+        why = "both KV types are given, and a budget is for choosing one"
+        board.post(Notice("--kv-budget has no effect", why, avoid="leave it out, or -ctk or -ctv"))

@@ -57,7 +57,7 @@ class _Arm:
     def observe(self, logits: torch.Tensor, reference: torch.Tensor, targets: torch.Tensor) -> None:
         """Logits and reference log-probabilities [n, vocab]; targets [m <= n], the next tokens where known."""
         log_q = logits.log_softmax(-1)
-        self.kl.append((reference.exp() * (reference - log_q)).sum(-1).clamp(min=0.0))
+        self.kl.append(kl_divergence(reference, log_q))
         self.same.append(log_q.argmax(-1) == reference.argmax(-1))
         self.nll.append(-log_q[: len(targets)].gather(1, targets[:, None])[:, 0])
 
@@ -75,6 +75,11 @@ class _Arm:
             bits_per_value=memory.bits_per_value(),
             kv_bytes=memory.nbytes(),
         )
+
+
+def kl_divergence(reference: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """D(reference || q) in nats from log-probabilities [n, vocab]: [n], what rounding makes negative is 0."""
+    return (reference.exp() * (reference - log_q)).sum(-1).clamp(min=0.0)
 
 
 def label_of(kv: KVSettings) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from turbomoe.config import KVSettings
-from turbomoe.errors import ContextFullError, IntegrityError
+from turbomoe.errors import ContextFullError, IntegrityError, SettingsError
 from turbomoe.kv.attention import attend
 from turbomoe.kv.codecs import make_codec
 from turbomoe.kv.layer import Side, SideGroup, Step
@@ -40,6 +40,8 @@ class KVCache:
         self, shapes: Sequence[LayerShape], settings: KVSettings, *, slots: int, ctx_size: int,
         dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", means: KVMeans | None = None,
     ) -> None:  # fmt: skip
+        if settings.is_auto:
+            raise SettingsError("KV types are still auto", fix="Choose them by insight.kv_auto.resolve_kv_types first")
         self.settings, self.ctx_size, self.device = settings, ctx_size, torch.device(device)
         self.shapes = tuple(shapes)
         self.sink, self.recent = (min(size, ctx_size) for size in windows(settings))

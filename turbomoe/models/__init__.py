@@ -80,7 +80,8 @@ def _load(
     layouts = expert_layouts(plan, experts, sorted(routed), planar=pool is not None) if experts else []
     if before is not None:
         expert_bytes = sum(layout.num_experts * layout.blob_bytes for layout in layouts)
-        before(Forecast(weight_bytes, expert_bytes, layers, config.max_position_embeddings, config))
+        limit = config.max_position_embeddings
+        before(Forecast(weight_bytes, expert_bytes, layers, limit, config, source.identity()))
     tokenizer = _tokenizer(source)  # before the weights: what it needs for a moment is not on top of them
     meter = Meter(plan.nbytes, progress)
     if pool is None:

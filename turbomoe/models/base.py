@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a model will take, known before its weights are read: bytes of dense weights and of packed experts."""
+    """What a model will take, known before its weights are read: bytes of dense weights and of packed experts.
+
+    ``identity`` is that of the ``LoadedModel`` to come.
+    """
 
     weight_bytes: int
     expert_bytes: int
     layers: tuple[LayerShape, ...]
     context_length: int
     config: PretrainedConfig
+    identity: str = ""
 
 
 @dataclass

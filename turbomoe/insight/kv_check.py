@@ -1,0 +1,116 @@
+"""The measurement behind ``auto``: pairs of KV types side by side on a text, against a bf16 cache.
+
+Only positions that see codes are judged: within sinks and recent tokens every pair is exact. A pair that cannot come
+within its limit any more is given up, which saves most of the time on models that bear little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from turbomoe.config import EngineSettings, KVSettings
+from turbomoe.engine.forecast import kv_bytes
+from turbomoe.engine.runner import ModelRunner, check_finite
+from turbomoe.experts.base import Phase
+from turbomoe.insight.divergence import LOGIT_COPIES, REFERENCE, kl_divergence
+from turbomoe.insight.kv_search import Measured, Pair
+from turbomoe.insight.texts import judgement_text
+from turbomoe.kv.means import KVMeans
+from turbomoe.models.base import Forecast, LoadedModel
+
+TOKENS = 2048
+JUDGED = 1024  # at least, where windows are so wide that they leave less of TOKENS
+FEWEST = 64  # judged positions below which a mean says nothing
+CHUNK = 64  # rows of logits alive at once: some 40 MB a copy for a vocabulary of 150,000
+UNJUDGED_CHUNK = 512
+LETTERS = 6  # a token has fewer, on average, in any vocabulary made for English
+Progress = Callable[[int, int], None]
+
+
+def first_judged(kv: KVSettings) -> int:
+    """The first position that sees a code: all up to it lie in the windows."""
+    return kv.sink + kv.recent + 1
+
+
+def check_tokens(kv: KVSettings, context_length: int) -> int:
+    """Tokens that a check of these windows runs, at most."""
+    return min(max(TOKENS, first_judged(kv) + JUDGED), context_length)
+
+
+def check_ids(model: LoadedModel, kv: KVSettings) -> list[int]:
+    """Tokens from the end of the judgement text: neither what means are calibrated on nor what eval reads first.
+
+    Fewer than ``check_tokens`` where the text has no more.
+    """
+    from turbomoe.upstream.prompts import encode_text
+
+    assert model.tokenizer is not None
+    count = check_tokens(kv, model.context_length)
+    text = judgement_text()
+    paragraph = text.find("\n\n", max(0, len(text) - LETTERS * count))
+    return encode_text(model.tokenizer, text[max(0, paragraph) :].lstrip())[:count]
+
+
+def check_bytes(forecast: Forecast, settings: EngineSettings, arms: Sequence[KVSettings]) -> int:
+    """What a check of ``arms`` side by side takes beside the weights: their caches, and logits of a chunk."""
+    tokens = check_tokens(settings.kv, forecast.context_length)
+    small = replace(settings, ctx_size=tokens, parallel=1)
+    caches = sum(kv_bytes(forecast, small, kv) for kv in (REFERENCE, *arms))
+    return caches + 4 * LOGIT_COPIES * CHUNK * int(forecast.config.vocab_size)
+
+
+@dataclass
+class _Arm:
+    runner: ModelRunner
+    limit: float
+    total: float = 0.0
+    tokens: int = 0
+
+    def measured(self, of: int) -> Measured:
+        return Measured(self.total / max(1, self.tokens), self.tokens, of)
+
+
+def measure(
+    model: LoadedModel, kv: KVSettings, means: KVMeans | None, ids: list[int], limits: Mapping[Pair, float],
+    progress: Progress | None = None,
+) -> dict[Pair, Measured]:  # fmt: skip
+    """Mean KL of every pair of ``limits`` with the windows of ``kv``, over the tokens ``ids``."""
+
+    def runner(mine: KVSettings, means: KVMeans | None = None) -> ModelRunner:
+        return ModelRunner(model, mine, slots=1, ctx_size=len(ids), means=means, measuring=True)
+
+    reference = runner(REFERENCE)
+    arms = {(k, v): _Arm(runner(replace(kv, type_k=k, type_v=v), means), limit) for (k, v), limit in limits.items()}
+    of, live = len(ids) - first_judged(kv), list(arms.values())
+    report = progress or (lambda done, total: None)
+    for start, end in _chunks(first_judged(kv), len(ids)):
+        report(start, len(ids))
+        live = [arm for arm in live if arm.measured(of).at_least <= arm.limit]
+        if not live:
+            break
+        chunk, judged = torch.tensor([ids[start:end]]), start >= first_judged(kv)
+        expected = _forward(reference, chunk, judged)
+        for arm in live:
+            logits = _forward(arm.runner, chunk, judged)
+            if judged:
+                arm.total += float(kl_divergence(expected, logits).double().sum())
+                arm.tokens += end - start
+    report(len(ids), len(ids))
+    return {pair: arm.measured(of) for pair, arm in arms.items()}
+
+
+def _chunks(judged: int, end: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, judged, UNJUDGED_CHUNK):
+        yield start, min(start + UNJUDGED_CHUNK, judged)
+    for start in range(judged, end, CHUNK):
+        yield start, min(start + CHUNK, end)
+
+
+def _forward(runner: ModelRunner, chunk: torch.Tensor, judged: bool) -> torch.Tensor:
+    """Log-probabilities [n, vocab] of a chunk; of its last position alone where nothing is judged."""
+    logits = runner.forward([0], chunk, Phase.PREFILL, keep=0 if judged else 1)[0]
+    check_finite(logits, runner.model)
+    return logits.log_softmax(-1)
