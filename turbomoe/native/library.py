@@ -111,7 +111,8 @@ class CKVSide(c.Structure):
 
     _fields_ = [
         *[(n, c.c_int) for n in ("kind", "exact_type")],
-        *[(n, c.c_void_p) for n in ("sinks", "ring", "codes", "scales", "mean")],
+        *[(n, c.c_void_p) for n in ("sinks", "ring", "codes", "scales", "mean", "scale", "turns")],
+        ("pairs", c.c_int),
         ("levels", c.c_float * 16),
         ("codebook", c.c_void_p),
     ]
