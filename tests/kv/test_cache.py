@@ -10,6 +10,7 @@ from turbomoe.config import KVSettings
 from turbomoe.errors import ContextFullError, IntegrityError
 from turbomoe.kv.cache import KVCache
 from turbomoe.kv.codecs import make_codec
+from turbomoe.kv.codecs.plain import PlainCodec
 from turbomoe.kv.hadamard import rotate, unrotate
 from turbomoe.kv.means import KVMeans
 from turbomoe.kv.shape import AttentionShape, RecurrentShape
@@ -240,6 +241,26 @@ def test_windows_never_take_more_than_the_context():
     q, k, v = tokens(128)
     want = oracle(q, k, v, KVSettings("tq3", "tq3"), 500, 900, None)
     torch.testing.assert_close(feed(cache, 0, q, k, v, [100, 28]), want, rtol=2e-5, atol=2e-5)
+
+
+class Lossless(PlainCodec):
+    """Keeps rotated vectors as they are: what is left is what the transform does, and the rounding of both ways."""
+
+    rotated = True
+
+
+def test_without_loss_the_transform_changes_nothing(monkeypatch):
+    monkeypatch.setattr("turbomoe.kv.cache.make_codec", lambda name, dim: Lossless("f32", torch.float32, dim))
+    n = 200
+    q, k, v = tokens(n)
+    settings = KVSettings("tq3", "tq3", 4, 8)
+    for chunks in ([n], [1] * 20 + [130] + [1] * 50):
+        outs = []
+        for means in (None, means_of(k, v, turning=True)):
+            cache = KVCache([shape()], settings, slots=1, ctx_size=n, means=means)
+            outs.append(feed(cache, 0, q, k, v, chunks))
+            assert (cache.attention[0][0].scale is None) == (means is None)
+        torch.testing.assert_close(*outs, rtol=2e-5, atol=2e-5)
 
 
 def test_means_that_lack_a_layer_are_refused():
