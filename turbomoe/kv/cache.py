@@ -15,7 +15,8 @@ from turbomoe.config import KVSettings
 from turbomoe.errors import ContextFullError, IntegrityError
 from turbomoe.kv.attention import attend
 from turbomoe.kv.codecs import make_codec
-from turbomoe.kv.layer import Side, SideGroup, Step
+from turbomoe.kv.group import SideGroup
+from turbomoe.kv.layer import Side, Step
 from turbomoe.kv.pages import PageAllocator, pages_for
 from turbomoe.kv.recurrent import RecurrentState
 from turbomoe.kv.shape import AttentionShape, LayerShape
