@@ -85,6 +85,13 @@ def test_means_are_fitted_to_what_attention_stores(models, family: str, state_ho
         assert found[layer].abs().max() > 1e-3
 
 
+def test_angles_that_depend_on_the_length_are_told(models, state_home: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(models["llama"].shell.model.rotary_emb, "rope_type", "dynamic")
+    means = means_for(models["llama"], CODES)
+    assert means is not None and means.frequencies.shape == (0,)
+    assert capsys.readouterr().err.count("key means do not turn with the position") == 1
+
+
 def test_once_for_a_model_and_then_from_the_file(models, state_home: Path, passes: list[int], monkeypatch) -> None:
     model = models["llama"]
     monkeypatch.setattr(calibrate, "CHUNK", 100)

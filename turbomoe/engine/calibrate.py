@@ -85,7 +85,11 @@ def calibrate(model: LoadedModel, progress: Progress | None = None) -> KVMeans:
         report(at, len(ids))
         runner.forward([0], torch.tensor([ids[at : at + CHUNK]]), Phase.PREFILL)
     report(len(ids), len(ids))
-    return fit.finish(model.identity, rotary_frequencies(model.shell))
+    frequencies = rotary_frequencies(model.shell)
+    if frequencies is None:
+        board.post(Notice("key means do not turn with the position", "this model's rotary angles depend on the length",
+                          "larger errors of coded keys far from the start", "-ctk q8_0 for long contexts"))  # fmt: skip
+    return fit.finish(model.identity, frequencies)
 
 
 def calibration_ids(model: LoadedModel) -> list[int]:

@@ -10,11 +10,13 @@ LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 def rotary_frequencies(shell: Any) -> torch.Tensor | None:
-    """Radians a token of the channel pairs (i, i + r) of full-attention layers, [r]; None where they are not fixed.
+    """Radians a token of the channel pairs (i, i + r) of full-attention layers, [r]; empty for a model without any.
 
-    Frequencies that depend on the length of the context turn the same key by different angles: nothing can follow.
+    None where they depend on the length of the context: the same key is then turned by different angles.
     """
     rotary = getattr(getattr(shell, "model", None), "rotary_emb", None)
+    if rotary is None:
+        return torch.zeros(0)
     kind = getattr(rotary, "rope_type", None)
     if isinstance(kind, dict):  # by layer type (Gemma 3)
         kind = kind.get("full_attention")
