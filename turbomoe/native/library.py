@@ -13,7 +13,7 @@ from turbomoe.errors import TurbomoeError
 from turbomoe.native.build import LIBRARY_NAME, SOURCE_DIR, build_id, is_current
 from turbomoe.notices import Notice, board
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 LEVELS = ("avx512", "avx2", "portable")
 TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}  # of activations and results, by torch's names
 GATES = {"silu": 0, "gelu_tanh": 1, "swiglu_clipped": 2}
