@@ -15,11 +15,13 @@ from turbomoe.engine import calibrate
 from turbomoe.engine.calibrate import calibration_ids, is_calibrated, means_for, means_path, needs_means
 from turbomoe.engine.runner import ModelRunner
 from turbomoe.experts.base import Phase
+from turbomoe.kv.fit import TransformFit
 from turbomoe.kv.means import KVMeans
 from turbomoe.kv.shape import AttentionShape
 from turbomoe.models import load_model
 from turbomoe.models.base import LoadedModel
 from turbomoe.notices import StrictError, board
+from turbomoe.upstream.rotary import rotary_frequencies
 
 CODES = KVSettings("tq3", "tq3")
 
@@ -67,19 +69,27 @@ def test_every_family_has_means_of_its_full_attention_layers_alone(models, famil
         assert means.keys[shape.layer].shape == (shape.kv_heads, shape.head_dim)
 
 
-def test_means_are_the_averages_of_what_attention_stores(models, state_home: Path) -> None:
-    """Against the keys and values of a cache in float32, looked at from outside."""
-    model = models["llama"]
-    ids, layer = torch.tensor([calibration_ids(model)]), 1
+@pytest.mark.parametrize("family", ["qwen2", "qwen35"])
+def test_means_are_fitted_to_what_attention_stores(models, family: str, state_home: Path) -> None:
+    """To the keys and values of a cache in float32, and with the angles by which the model turns them."""
+    model = models[family]
+    ids, layer = torch.tensor([calibration_ids(model)]), max(full_layers(model))
     runner = ModelRunner(model, KVSettings("f32", "f32"), slots=1, ctx_size=ids.shape[1])
-    stored: list[tuple[torch.Tensor, torch.Tensor]] = []
-    runner.memory.observer = lambda at, k, v: stored.append((k, v)) if at == layer else None
+    fit = TransformFit(ids.shape[1])
+    runner.memory.observer = lambda at, *seen: fit.add(at, *seen) if at == layer else None
     runner.forward([0], ids, Phase.PREFILL)
-    means = means_for(model, CODES)
-    assert means is not None
-    for found, exact in zip((means.keys, means.values), stored[0], strict=True):
-        assert torch.allclose(found[layer], exact[0].mean(dim=1), atol=1e-5)
+    want, means = fit.finish(model.identity, rotary_frequencies(model.shell)), means_for(model, CODES)
+    assert means is not None and len(means.frequencies) == (16 // 2 if family == "qwen2" else 8 // 2)
+    for found, exact in ((means.keys, want.keys), (means.values, want.values), (means.scales, want.scales)):
+        assert torch.allclose(found[layer], exact[layer], rtol=1e-4, atol=1e-5)
         assert found[layer].abs().max() > 1e-3
+
+
+def test_angles_that_depend_on_the_length_are_told(models, state_home: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(models["llama"].shell.model.rotary_emb, "rope_type", "dynamic")
+    means = means_for(models["llama"], CODES)
+    assert means is not None and means.frequencies.shape == (0,)
+    assert capsys.readouterr().err.count("key means do not turn with the position") == 1
 
 
 def test_once_for_a_model_and_then_from_the_file(models, state_home: Path, passes: list[int], monkeypatch) -> None:

@@ -10,6 +10,7 @@ from turbomoe.config import KVSettings
 from turbomoe.errors import ContextFullError, IntegrityError
 from turbomoe.kv.cache import KVCache
 from turbomoe.kv.codecs import make_codec
+from turbomoe.kv.codecs.plain import PlainCodec
 from turbomoe.kv.hadamard import rotate, unrotate
 from turbomoe.kv.means import KVMeans
 from turbomoe.kv.shape import AttentionShape, RecurrentShape
@@ -32,26 +33,42 @@ def tokens(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return q, k, v
 
 
-def means_of(k: torch.Tensor, v: torch.Tensor) -> KVMeans:
-    return KVMeans(keys={0: k[0].mean(1)}, values={0: v[0].mean(1)}, identity="test")
+def means_of(k: torch.Tensor, v: torch.Tensor, turning: bool = False) -> KVMeans:
+    keys, values = {0: k[0].mean(1)}, {0: v[0].mean(1)}
+    if not turning:
+        return KVMeans(keys, values, "test")
+    scales = torch.randn(KV_HEADS, DIM, generator=torch.Generator().manual_seed(8)).exp()
+    return KVMeans(keys, values, "test", {0: scales}, 0.7 ** torch.arange(20))
 
 
-def coded(x: torch.Tensor, type_name: str, mean: torch.Tensor | None) -> torch.Tensor:
+def key_transform(means: KVMeans, n: int, sink: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The means of ``n`` keys [kv_heads, n, dim], channel by channel as the rotary embedding turns, and scales."""
+    r, mean = len(means.frequencies), means.keys[0].double()
+    page_starts = sink + (torch.arange(n) - sink).clamp(min=0) // 64 * 64
+    shift = mean[:, None].repeat(1, n, 1)
+    for i, frequency in enumerate(means.frequencies.double().tolist()):
+        wave = torch.exp(1j * frequency * page_starts.double()) * torch.complex(mean[:, None, i], mean[:, None, r + i])
+        shift[..., i], shift[..., r + i] = wave.real, wave.imag
+    return shift.float(), means.scales.get(0, torch.ones(KV_HEADS, DIM))[:, None]
+
+
+def coded(
+    x: torch.Tensor, type_name: str, shift: torch.Tensor | float, scale: torch.Tensor | float = 1.0
+) -> torch.Tensor:
     """``x`` [1, kv_heads, n, dim] as it comes back out of the codec."""
     codec = make_codec(type_name, DIM)
     if not codec.rotated:
         return codec.decode(codec.encode(x.float()))
-    shift = 0.0 if mean is None else mean[:, None]
-    return unrotate(codec.decode(codec.encode(rotate(x.float() - shift)))) + shift
+    return unrotate(codec.decode(codec.encode(rotate((x.float() - shift) / scale)))) * scale + shift
 
 
 def oracle(q, k, v, settings, sink, recent, means):
     """Dense attention by the rule: sinks and t-recent..t exact, everything else through the codec."""
     exact_k = k if settings.type_k == "f32" else k.bfloat16().float()
     exact_v = v if settings.type_v == "f32" else v.bfloat16().float()
-    far_k = coded(exact_k, settings.type_k, means and means.keys[0])
-    far_v = coded(exact_v, settings.type_v, means and means.values[0])
     n = q.shape[2]
+    far_k = coded(exact_k, settings.type_k, *(key_transform(means, n, sink) if means else (0.0,)))
+    far_v = coded(exact_v, settings.type_v, means.values[0][:, None] if means else 0.0)
     t, j = torch.arange(n)[:, None], torch.arange(n)[None, :]
     exact = ((j < sink) | (j >= t - recent)) & (j <= t)
     group = HEADS // KV_HEADS
@@ -83,12 +100,12 @@ def chunkings(n: int) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("sink,recent", [(0, 0), (4, 0), (0, 16), (8, 32), (20, 200), (5, 7)])
 @pytest.mark.parametrize("type_k,type_v", [(t, t) for t in TYPES] + [("tq3", "tq2"), ("bf16", "tq3"), ("q8_0", "f32")])
-@pytest.mark.parametrize("with_means", [False, True])
+@pytest.mark.parametrize("with_means", ["plain", "means", "turning"])
 def test_every_chunking_gives_what_the_rule_says(type_k, type_v, sink, recent, with_means):
     n = 140
     q, k, v = tokens(n)
     settings = KVSettings(type_k, type_v, sink, recent)
-    means = means_of(k, v) if with_means else None
+    means = None if with_means == "plain" else means_of(k, v, turning=with_means == "turning")
     want = None
     planes = {}
     for name, chunks in chunkings(n).items():
@@ -224,6 +241,26 @@ def test_windows_never_take_more_than_the_context():
     q, k, v = tokens(128)
     want = oracle(q, k, v, KVSettings("tq3", "tq3"), 500, 900, None)
     torch.testing.assert_close(feed(cache, 0, q, k, v, [100, 28]), want, rtol=2e-5, atol=2e-5)
+
+
+class Lossless(PlainCodec):
+    """Keeps rotated vectors as they are: what is left is what the transform does, and the rounding of both ways."""
+
+    rotated = True
+
+
+def test_without_loss_the_transform_changes_nothing(monkeypatch):
+    monkeypatch.setattr("turbomoe.kv.cache.make_codec", lambda name, dim: Lossless("f32", torch.float32, dim))
+    n = 200
+    q, k, v = tokens(n)
+    settings = KVSettings("tq3", "tq3", 4, 8)
+    for chunks in ([n], [1] * 20 + [130] + [1] * 50):
+        outs = []
+        for means in (None, means_of(k, v, turning=True)):
+            cache = KVCache([shape()], settings, slots=1, ctx_size=n, means=means)
+            outs.append(feed(cache, 0, q, k, v, chunks))
+            assert (cache.attention[0][0].scale is None) == (means is None)
+        torch.testing.assert_close(*outs, rtol=2e-5, atol=2e-5)
 
 
 def test_means_that_lack_a_layer_are_refused():

@@ -36,8 +36,8 @@ def step_through(cache: KVCache, slots: list[int], count: int, seed: int) -> lis
 
 def means() -> KVMeans:
     g = torch.Generator().manual_seed(7)
-    sides = [{i: torch.randn(KV_HEADS, DIM, generator=g) for i in range(LAYERS)} for _ in range(2)]
-    return KVMeans(*sides, identity="test")
+    *sides, scales = [{i: torch.randn(KV_HEADS, DIM, generator=g) for i in range(LAYERS)} for _ in range(3)]
+    return KVMeans(*sides, "test", {i: s.exp() for i, s in scales.items()}, 0.8 ** torch.arange(24))
 
 
 @pytest.mark.parametrize("name", CODECS)

@@ -4,71 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import random
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from turbomoe.errors import IntegrityError, TurbomoeError
+from turbomoe.errors import TurbomoeError
 from turbomoe.kv import means as module
-from turbomoe.kv.means import FORMAT, KVMeans, MeanAccumulator, MeansError
+from turbomoe.kv.means import FORMAT, VERSION, KVMeans, MeansError
 
 IDENTITY = "7f" * 32
 
 
 def some_means(identity: str = IDENTITY) -> KVMeans:
     generator = torch.Generator().manual_seed(3)
-    keys, values = ({layer: torch.randn(2, 16, generator=generator) for layer in (0, 3, 11)} for _ in range(2))
-    return KVMeans(keys, values, identity)
+    keys, values, scales = ({layer: torch.randn(2, 16, generator=generator) for layer in (0, 3, 11)} for _ in range(3))
+    return KVMeans(keys, values, identity, {layer: s.exp() for layer, s in scales.items()}, 0.5 ** torch.arange(5))
 
 
 def assert_same(a: KVMeans, b: KVMeans) -> None:
     assert a.identity == b.identity and a.digest == b.digest
-    for left, right in ((a.keys, b.keys), (a.values, b.values)):
+    assert torch.equal(a.frequencies, b.frequencies)
+    for left, right in ((a.keys, b.keys), (a.values, b.values), (a.scales, b.scales)):
         assert left.keys() == right.keys()
         assert all(torch.equal(left[layer], right[layer]) for layer in left)
-
-
-def test_the_means_of_what_was_added() -> None:
-    keys, values = torch.randn(2, 3, 50, 8) + 4, torch.randn(2, 3, 50, 8) - 1
-    accumulator = MeanAccumulator()
-    for first, last in ((0, 1), (1, 30), (30, 50)):
-        accumulator.add(5, keys[:, :, first:last], values[:, :, first:last])
-    accumulator.add(2, keys[0].bfloat16(), values[0].bfloat16())
-    found = accumulator.finish(IDENTITY)
-    assert found.identity == IDENTITY and set(found.keys) == {2, 5}
-    assert torch.allclose(found.keys[5].double(), keys.double().mean((0, 2)), atol=1e-6)
-    assert torch.allclose(found.values[5].double(), values.double().mean((0, 2)), atol=1e-6)
-    assert torch.allclose(found.keys[2].double(), keys[0].bfloat16().double().mean(1), atol=1e-6)
-    assert found.keys[5].dtype == torch.float32 and found.keys[5].shape == (3, 8)
-
-
-def test_large_constants_do_not_drown_small_differences() -> None:
-    """Float32 sums would lose them: 20,000 tokens at 1,000 with a spread of 0.01."""
-    keys = 1000 + 0.01 * torch.randn(1, 20_000, 4)
-    accumulator = MeanAccumulator()
-    for chunk in keys.split(1000, dim=1):
-        accumulator.add(0, chunk, chunk)
-    assert torch.equal(accumulator.finish(IDENTITY).keys[0], keys.double().mean(1).float())
-
-
-def test_bad_additions_and_empty_sums_are_refused() -> None:
-    accumulator = MeanAccumulator()
-    with pytest.raises(MeansError, match="no tokens"):
-        accumulator.finish(IDENTITY)
-    with pytest.raises(IntegrityError):
-        accumulator.add(0, torch.zeros(2, 5, 8), torch.zeros(2, 4, 8))
-    accumulator.add(0, torch.zeros(2, 0, 8), torch.zeros(2, 0, 8))
-    with pytest.raises(MeansError, match="no tokens"):
-        accumulator.finish(IDENTITY)
-    accumulator.add(0, torch.zeros(2, 5, 8), torch.zeros(2, 5, 8))
-    with pytest.raises(IntegrityError):
-        accumulator.add(0, torch.zeros(1, 5, 8), torch.zeros(1, 5, 8))
-    accumulator.add(0, torch.full((2, 5, 8), torch.inf), torch.zeros(2, 5, 8))
-    with pytest.raises(MeansError, match="not finite"):
-        accumulator.finish(IDENTITY)
 
 
 def test_saved_means_come_back(tmp_path: Path) -> None:
@@ -79,7 +42,7 @@ def test_saved_means_come_back(tmp_path: Path) -> None:
 def test_the_digest_is_pinned_and_sees_every_change() -> None:
     means = some_means()
     fixed = KVMeans({1: torch.arange(8.0).view(2, 4)}, {1: -torch.arange(8.0).view(2, 4)}, "model")
-    assert fixed.digest == "d347e1d9035172ea749a6fcb09a5018865851690eb3ae7bd3daefc6d7b41de42"
+    assert fixed.digest == "41355f8085b487f3d3d687cba2ef33f6e900e1caae9df14655eea590a89c2246"
     others = [some_means("other"), KVMeans(means.values, means.keys, IDENTITY)]
     others.append(
         KVMeans({l + 1: m for l, m in means.keys.items()}, {l + 1: m for l, m in means.values.items()}, IDENTITY)
@@ -87,17 +50,20 @@ def test_the_digest_is_pinned_and_sees_every_change() -> None:
     others.append(
         KVMeans(*({l: m.view(4, 8) for l, m in side.items()} for side in (means.keys, means.values)), IDENTITY)
     )
-    for side in ("keys", "values"):
-        changed = {name: {l: m.clone() for l, m in getattr(means, name).items()} for name in ("keys", "values")}
+    tables = ("keys", "values", "scales")
+    for side in tables:
+        changed = {name: {l: m.clone() for l, m in getattr(means, name).items()} for name in tables}
         changed[side][11][1, 15] = torch.nextafter(changed[side][11][1, 15], torch.tensor(9.0))
-        others.append(KVMeans(changed["keys"], changed["values"], IDENTITY))
+        others.append(replace(means, **changed))
+    others += [replace(means, scales={}), replace(means, frequencies=means.frequencies[:4])]
+    others.append(replace(means, frequencies=torch.nextafter(means.frequencies, torch.tensor(0.0))))
     assert len({means.digest, *(other.digest for other in others)}) == 1 + len(others)
 
 
 def test_the_order_of_layers_does_not_matter() -> None:
     means = some_means()
-    turned = [dict(reversed(list(side.items()))) for side in (means.keys, means.values)]
-    assert KVMeans(*turned, IDENTITY).digest == means.digest
+    tables = {name: dict(reversed(getattr(means, name).items())) for name in ("keys", "values", "scales")}
+    assert replace(means, **tables).digest == means.digest
 
 
 @pytest.mark.parametrize(
@@ -121,9 +87,33 @@ def test_arrays_that_do_not_fit_together_are_refused(
         KVMeans(keys, values, IDENTITY)
     tensors = {f"key.{layer}": mean for layer, mean in keys.items()}
     tensors |= {f"value.{layer}": mean for layer, mean in values.items()}
-    save_file(tensors, tmp_path / "means", {"format": FORMAT, "version": "1", "identity": IDENTITY})
+    tensors |= {"frequencies": torch.zeros(0)}
+    save_file(tensors, tmp_path / "means", {"format": FORMAT, "version": VERSION, "identity": IDENTITY})
     with pytest.raises(MeansError, match="KV means in"):
         KVMeans.load(tmp_path / "means", IDENTITY)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"scales": {0: torch.ones(2, 8)}},
+        {"scales": {0: torch.ones(2, 4), 1: torch.ones(2, 8)}},
+        {"scales": {0: torch.zeros(2, 8), 1: torch.ones(2, 8)}},
+        {"scales": {0: torch.full((2, 8), -1.0), 1: torch.ones(2, 8)}},
+        {"scales": {0: torch.full((2, 8), 1e9), 1: torch.ones(2, 8)}},
+        {"scales": {0: torch.full((2, 8), torch.nan), 1: torch.ones(2, 8)}},
+        {"scales": {0: torch.ones(2, 8).double(), 1: torch.ones(2, 8)}},
+        {"frequencies": torch.ones(5)},
+        {"frequencies": torch.ones(2, 2)},
+        {"frequencies": torch.ones(2).double()},
+        {"frequencies": torch.tensor([1.0, torch.inf])},
+    ],
+)
+def test_scales_and_frequencies_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
+    good = KVMeans(*({0: torch.zeros(2, 8), 1: torch.zeros(2, 8)} for _ in range(2)), IDENTITY)
+    replace(good, scales={0: torch.ones(2, 8), 1: torch.ones(2, 8)}, frequencies=torch.ones(4))
+    with pytest.raises(MeansError):
+        replace(good, **wrong)
 
 
 def test_means_of_another_model_are_refused(tmp_path: Path) -> None:
@@ -133,20 +123,22 @@ def test_means_of_another_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "VERSION", "2")
+    monkeypatch.setattr(module, "VERSION", "1")
     some_means().save(tmp_path / "means")
     monkeypatch.undo()
-    with pytest.raises(MeansError, match="version '2'"):
+    with pytest.raises(MeansError, match="version '1'"):
         KVMeans.load(tmp_path / "means", IDENTITY)
 
 
 def test_what_is_no_file_of_means_is_refused_with_the_reason(tmp_path: Path) -> None:
-    labels = {"version": "1", "identity": IDENTITY}
+    labels = {"version": VERSION, "identity": IDENTITY}
     (tmp_path / "empty").touch()
     (tmp_path / "text").write_text("means\n" * 100)
     save_file({"weight": torch.zeros(3)}, tmp_path / "weights")
     save_file({"key.0": torch.zeros(1, 3)}, tmp_path / "foreign", {"format": "other", **labels})
-    save_file({"key.x": torch.zeros(1, 3)}, tmp_path / "name", {"format": FORMAT, **labels})
+    save_file(
+        {"key.x": torch.zeros(1, 3), "frequencies": torch.zeros(0)}, tmp_path / "name", {"format": FORMAT, **labels}
+    )
     with (tmp_path / "huge").open("wb") as file:
         file.truncate(module.LARGEST_FILE + 1)
     reasons = {

@@ -84,8 +84,11 @@ class Arm:
 
 def means_of(model):
     g = torch.Generator().manual_seed(3)
-    sides = [{s.layer: torch.randn(s.kv_heads, s.head_dim, generator=g) for s in model.layers} for _ in range(2)]
-    return KVMeans(*sides, identity=model.identity)
+    *sides, scales = [
+        {s.layer: torch.randn(s.kv_heads, s.head_dim, generator=g) for s in model.layers} for _ in range(3)
+    ]
+    turning = torch.rand(model.layers[0].head_dim // 2 - 3, generator=g)
+    return KVMeans(*sides, model.identity, {i: s.exp() for i, s in scales.items()}, turning)
 
 
 def assert_alike(model, kv, ids, chunks, **more):
@@ -116,7 +119,7 @@ def test_types_and_windows(models, types, means):
     """Past the ends of sinks, ring and a page, and from the very first token."""
     model, kv = models("llama"), KVSettings(*types, 4, 8)
     table = means_of(model) if means else None
-    for chunks in ([1] * 30, [70] + [1] * 30):
+    for chunks in ([1] * 30, [70] + [1] * 30, [135] + [1] * 10):
         assert_alike(model, kv, tokens(sum(chunks)), chunks, means=table)
 
 
@@ -142,7 +145,7 @@ def test_many_parts_meet_in_one_softmax(models):
     pool = shared_pool()
     assert pool is not None
     chunks = [2500, 2500] + [1] * 3
-    assert_alike(model, KVSettings("tq3", "tq4", 16, 64), tokens(sum(chunks)), chunks)
+    assert_alike(model, KVSettings("tq3", "tq4", 16, 64), tokens(sum(chunks)), chunks, means=means_of(model))
 
 
 @pytest.mark.parametrize("level", ["avx512", "avx2", "portable"])

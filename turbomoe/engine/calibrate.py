@@ -1,4 +1,4 @@
-"""Key and value means of a model: found once by running it over a built-in text, then kept in the state folder."""
+"""What a model's codes lack (``kv/means.py``): fitted once over a built-in text, then kept in the state folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from turbomoe.engine.runner import ModelRunner
 from turbomoe.experts.base import Phase
 from turbomoe.files.atomic import WriteError
 from turbomoe.kv.codecs import make_codec
-from turbomoe.kv.means import KVMeans, MeanAccumulator, MeansError
+from turbomoe.kv.fit import TransformFit
+from turbomoe.kv.means import KVMeans, MeansError
 from turbomoe.kv.shape import AttentionShape
 from turbomoe.models.base import LoadedModel
 from turbomoe.notices import Notice, board
@@ -66,23 +67,29 @@ def _keep(means: KVMeans, path: Path) -> None:
 
 
 def calibrate(model: LoadedModel, progress: Progress | None = None) -> KVMeans:
-    """Run the model over the calibration text with an exact cache and average its full-attention keys and values."""
+    """Run the model over the calibration text with an exact cache and fit its full-attention keys and values."""
+    from turbomoe.upstream.rotary import rotary_frequencies
+
     ids = calibration_ids(model)
     runner = ModelRunner(model, KVSettings("f32", "f32"), slots=1, ctx_size=len(ids), measuring=True)
     report = progress or (lambda done, total: None)
-    sums = MeanAccumulator()
+    fit = TransformFit(len(ids))
     full = {s.layer for s in model.layers if isinstance(s, AttentionShape) and not s.window}
 
-    def observe(layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def observe(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
         if layer in full:
-            sums.add(layer, keys, values)
+            fit.add(layer, q, k, v, scale)
 
     runner.memory.observer = observe
     for at in range(0, len(ids), CHUNK):
         report(at, len(ids))
         runner.forward([0], torch.tensor([ids[at : at + CHUNK]]), Phase.PREFILL)
     report(len(ids), len(ids))
-    return sums.finish(model.identity)
+    frequencies = rotary_frequencies(model.shell)
+    if frequencies is None:
+        board.post(Notice("key means do not turn with the position", "this model's rotary angles depend on the length",
+                          "larger errors of coded keys far from the start", "-ctk q8_0 for long contexts"))  # fmt: skip
+    return fit.finish(model.identity, frequencies)
 
 
 def calibration_ids(model: LoadedModel) -> list[int]:

@@ -13,6 +13,7 @@ from turbomoe.kv.kernels import decode_attention
 from turbomoe.kv.layer import Side, Step
 from turbomoe.kv.pages import PAGE_TOKENS
 from turbomoe.kv.softmax import OnlineSoftmax
+from turbomoe.kv.turns import page_scores
 
 TILE_PAGES = 8
 
@@ -106,14 +107,17 @@ def _add_codes(
     coded = step.reach - step.count + upto - 1 - keys.recent - keys.sink
     if coded <= 0:
         return
-    q_codes = keys.rotate(q) if keys.rotated else q
-    # A key is its code plus the mean, so the mean's score is one number a query, the same for every coded key.
-    offset = 0.0 if keys.mean is None else torch.einsum("bhrd,hd->bhr", q, keys.mean)[..., None]
+    q_codes = keys.rotate(keys.spread(q)) if keys.rotated else q
     limit = (at - keys.recent - keys.sink)[:, None, :, None]
     stored = (step.starts + step.count - keys.recent - keys.sink)[:, None, None, None]
     for first, last in _tiles(coded):
         index = torch.arange(first * PAGE_TOKENS, last * PAGE_TOKENS, device=q.device)
-        scores = q_codes @ keys.decode(step, first, last).transpose(-1, -2) + offset
+        scores = q_codes @ keys.decode(step, first, last).transpose(-1, -2)
+        if keys.mean is not None:
+            # A key is its code plus the mean, so the mean's score is one number a query and page.
+            assert keys.turns is not None
+            offset = page_scores(q, keys.mean, keys.turns[first:last])
+            scores = (scores.unflatten(-1, (-1, PAGE_TOKENS)) + offset[..., None]).flatten(-2)
         scores = scores.masked_fill_(index >= limit, float("-inf"))
         decoded = values.decode(step, first, last)
         if last * PAGE_TOKENS > step.floor + step.count - keys.recent - keys.sink:

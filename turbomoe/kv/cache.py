@@ -15,7 +15,8 @@ from turbomoe.config import KVSettings
 from turbomoe.errors import ContextFullError, IntegrityError, SettingsError
 from turbomoe.kv.attention import attend
 from turbomoe.kv.codecs import make_codec
-from turbomoe.kv.layer import Side, SideGroup, Step
+from turbomoe.kv.group import SideGroup
+from turbomoe.kv.layer import Side, Step
 from turbomoe.kv.pages import PageAllocator, pages_for
 from turbomoe.kv.recurrent import RecurrentState
 from turbomoe.kv.shape import AttentionShape, LayerShape
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from turbomoe.kv.means import KVMeans
 
 EXACT_TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
+Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], None]
 
 
 def windows(settings: KVSettings) -> tuple[int, int]:
@@ -81,13 +82,20 @@ class KVCache:
         self.attention.update(zip(layers, zip(keys.sides, values.sides, strict=True), strict=True))
 
     def _use_means(self, means: KVMeans) -> None:
+        from turbomoe.kv.turns import page_turns
+
+        turns = page_turns(means.frequencies.to(self.device), self.sink, self.pages.table.shape[1])
         for layers, keys, values in self._groups:
-            for group, table in ((keys, means.keys), (values, means.values)):
-                if group.sides[0].rotated:
-                    if missing := [layer for layer in layers if layer not in table]:
-                        raise IntegrityError(f"The means lack layer {missing[0]}")
-                    group.set_means([table[layer].to(self.device, torch.float32) for layer in layers])
-                    self.means_digest = means.digest
+            if missing := [i for i in layers if (keys.rotated or values.rotated) and i not in means.keys]:
+                raise IntegrityError(f"The means lack layer {missing[0]}")
+            here = [[table[i].to(self.device, torch.float32) for i in layers if i in table]
+                    for table in (means.keys, means.scales, means.values)]  # fmt: skip
+            if keys.rotated:
+                keys.set_transform(here[0], here[1] or None, turns)
+            if values.rotated:
+                values.set_transform(here[2])
+            if keys.rotated or values.rotated:
+                self.means_digest = means.digest
 
     def reserve(self, slot: int, length: int) -> None:
         """Make room for ``length`` tokens in ``slot``. Raises ``ContextFullError``; then nothing has changed."""
@@ -143,7 +151,7 @@ class KVCache:
         """Store and attend in one layer; see ``attention.attend`` for shapes. Returns q's dtype."""
         assert self.step is not None
         if self.observer is not None:
-            self.observer(layer, k, v)
+            self.observer(layer, q, k, v, scale)
         keys, values = self.attention[layer]
         return attend(q, k, v, keys, values, self.step, scale).to(q.dtype)
 

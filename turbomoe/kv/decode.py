@@ -11,6 +11,7 @@ import torch
 
 from turbomoe.kv.layer import Side, Step
 from turbomoe.kv.pages import PAGE_TOKENS, pages_for
+from turbomoe.kv.turns import page_scores
 
 TILE_PAGES = 32
 
@@ -20,7 +21,7 @@ def attend_one(
 ) -> torch.Tensor:
     """``attention.attend`` for ``step.count`` 1: float32 [B, 1, query_heads, head_dim].
 
-    What leaves the ring in this step has been encoded when the step began (``SideGroup.encode_leaving``).
+    What leaves the ring in this step has been encoded when the step began (``group.SideGroup.encode_leaving``).
     """
     batch, heads, _, dim = query.shape
     q = (query.float() * scale).reshape(batch, key.shape[1], -1, dim)
@@ -49,15 +50,18 @@ def _code_scores(
     q: torch.Tensor, keys: Side, step: Step, tiles: list[tuple[int, int]]
 ) -> list[torch.Tensor]:  # fmt: skip
     """Scores against the pages of each tile: [B, kv_heads, group, keys]."""
-    # A key is its code plus the mean, so the mean's score is one number a query, the same for every coded key.
-    offset = None if keys.mean is None else (q * keys.mean[:, None, :]).sum(-1, keepdim=True)
-    q = (q @ keys.rotation() if keys.rotated else q).unsqueeze(1)
+    plain, q = q, (keys.spread(q) @ keys.rotation() if keys.rotated else q).unsqueeze(1)
     found = []
     for first, last in tiles:
         k, scales = keys.tile(step, first, last)
         scores = q @ k.mT
-        found.append((scores if scales is None else scores.mul_(scales)).permute(0, 2, 3, 1, 4).flatten(3))
-    return found if offset is None else [scores + offset for scores in found]
+        scores = (scores if scales is None else scores.mul_(scales)).permute(0, 2, 3, 1, 4)
+        if keys.mean is not None:
+            # A key is its code plus the mean, so the mean's score is one number a query and page.
+            assert keys.turns is not None
+            scores = scores + page_scores(plain, keys.mean, keys.turns[first:last])[..., None]
+        found.append(scores.flatten(3))
+    return found
 
 
 def _mix(

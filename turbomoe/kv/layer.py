@@ -17,7 +17,7 @@ import torch
 from turbomoe.kv.base import Codec
 from turbomoe.kv.codecs.plain import PlainCodec
 from turbomoe.kv.pages import PAGE_TOKENS, SCRATCH_PAGE
-from turbomoe.kv.shape import AttentionShape
+from turbomoe.kv.turns import turn
 
 Made = TypeVar("Made")
 
@@ -65,6 +65,8 @@ class Side:
     sinks, ring   [slots, kv_heads, sink or recent, head_dim] in ``exact_dtype``; position p sits at p % recent
     planes        [pages, kv_heads, PAGE_TOKENS, width], one tensor for each plane of the codec
     mean          float32 [kv_heads, head_dim], what the codes lack; None when nothing is subtracted
+    turns         float32 [pages_per_slot, 2r], by which the mean turns from page to page (``turns.py``); None: it stays
+    scale         float32 [kv_heads, head_dim], what was divided by before coding; None for ones
     is_exact      there are no windows and pages keep every bit: the past needs nothing but pages
     """
 
@@ -75,6 +77,9 @@ class Side:
         self.sink, self.recent, self.exact_dtype = sinks.shape[2], ring.shape[2], ring.dtype
         self.rotated = codec is not None and codec.rotated
         self.mean: torch.Tensor | None = None
+        self.turns: torch.Tensor | None = None
+        self.scale: torch.Tensor | None = None
+        self._inverse: torch.Tensor | None = None
         self.is_exact = self.sink == self.recent == 0 and isinstance(codec, PlainCodec)
 
     def nbytes(self) -> int:
@@ -132,16 +137,32 @@ class Side:
             return
         behind = self.recent + self.sink
         page, row = step.once(("place", behind), lambda: place(step, behind))
-        for plane, codes in zip(self.planes, self.codec.encode(self._prepared(leaving)), strict=True):
+        for plane, codes in zip(self.planes, self.codec.encode(self._prepared(leaving, step)), strict=True):
             if isinstance(page, int):
                 plane[page, :, row] = codes[0, :, 0]
             else:
                 plane[page, :, row] = codes.transpose(1, 2)
 
-    def _prepared(self, x: torch.Tensor) -> torch.Tensor:
-        """What the codec wants: float32, centred and rotated where it asks for that."""
-        x = x.float() if self.mean is None else x.float() - self.mean[:, None, :]
+    def set_transform(
+        self, mean: torch.Tensor, scale: torch.Tensor | None = None, turns: torch.Tensor | None = None
+    ) -> None:
+        """Say what is taken off before coding; see the attributes."""
+        self.mean, self.scale, self.turns = mean, scale, turns
+        self._inverse = None if scale is None else 1 / scale
+
+    def _prepared(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        """What the codec wants of [B, kv_heads, count, head_dim]: float32, centred, scaled, rotated as it asks for."""
+        x = x.float()
+        if self.mean is not None:
+            mean = self.mean[:, None, :]
+            x = x - (mean if self.turns is None else turn(mean, turned(step, self)[:, None]))
+        if self._inverse is not None:
+            x = x * self._inverse[:, None, :]
         return self.rotate(x) if self.rotated else x
+
+    def spread(self, q: torch.Tensor) -> torch.Tensor:
+        """Queries [..., kv_heads, rows, head_dim], scaled as the codes of keys want it."""
+        return q if self.scale is None else q * self.scale[:, None, :]
 
     def decode(self, step: Step, first_page: int, last_page: int) -> torch.Tensor:
         """Decode pages [first, last) of each sequence: float32 [B, kv_heads, keys, head_dim], keys in order."""
@@ -201,6 +222,18 @@ def place(step: Step, behind: int) -> tuple[int | torch.Tensor, int | torch.Tens
     return step.pages.gather(1, page_index).masked_fill(coded < 0, SCRATCH_PAGE), coded.remainder(PAGE_TOKENS)
 
 
+def turned(step: Step, side: Side) -> torch.Tensor:
+    """Angles of the pages into which the tokens go that leave the ring in this step: float32 [B, count, 2r]."""
+    turns, behind = side.turns, side.recent + side.sink
+    assert turns is not None
+
+    def find() -> torch.Tensor:
+        coded = step.positions(-behind, step.count).clamp(min=0)
+        return turns[(coded // PAGE_TOKENS).clamp(max=len(turns) - 1)]
+
+    return step.once(("turned", behind), find)
+
+
 def _span(pages: torch.Tensor, on_host: bool) -> slice | torch.Tensor:
     """Page ids [B, n] as a slice, where they are one run and may be looked at, else flat."""
     if on_host:
@@ -208,59 +241,3 @@ def _span(pages: torch.Tensor, on_host: bool) -> slice | torch.Tensor:
         if ids == list(range(ids[0], ids[0] + len(ids))):
             return slice(ids[0], ids[0] + len(ids))
     return pages.flatten()
-
-
-class SideGroup:
-    """Keys or values of all layers of one shape: one allocation, and a ``Side`` for each layer.
-
-    A decode step takes one token out of every ring. Those of all layers are encoded in one call, when the step begins:
-    nobody looks at their codes before the next step, and in a small model 60 calls a token cost as much as the model.
-    """
-
-    def __init__(
-        self, shape: AttentionShape, layers: int, codec: Codec | None, windows: tuple[int, int], slots: int, pages: int,
-        exact_dtype: torch.dtype, device: torch.device,
-    ) -> None:  # fmt: skip
-        self.codec = codec
-        heads, dim = shape.kv_heads, shape.head_dim
-        sinks, self.rings = (
-            torch.zeros(layers, slots, heads, size, dim, dtype=exact_dtype, device=device) for size in windows
-        )
-        self.planes = tuple(
-            torch.zeros(layers, pages, heads, PAGE_TOKENS, plane.width, dtype=plane.dtype, device=device)
-            for plane in (codec.planes if codec else ())
-        )
-        self.sides = [
-            Side(codec, sinks[i], self.rings[i], tuple(plane[i] for plane in self.planes)) for i in range(layers)
-        ]
-        self._means: torch.Tensor | None = None
-
-    def set_means(self, means: list[torch.Tensor | None]) -> None:
-        """What each layer's codes lack: float32 [kv_heads, head_dim], or None for nothing."""
-        for side, mean in zip(self.sides, means, strict=True):
-            side.mean = mean
-        known = [mean for mean in means if mean is not None]
-        if known:
-            stacked = [torch.zeros_like(known[0]) if mean is None else mean for mean in means]
-            self._means = torch.stack(stacked)[:, None]
-
-    def encode_leaving(self, step: Step) -> None:
-        """Encode the token that a step of one token a sequence pushes out of the rings, in all layers."""
-        side = self.sides[0]
-        behind = side.recent + side.sink
-        if self.codec is None or side.recent == 0 or step.reach - 1 < behind:
-            return
-        page, row = step.once(("place", behind), lambda: place(step, behind))
-        x = self._leaving(step, side.recent).float()
-        x = x if self._means is None else x - self._means
-        for plane, codes in zip(self.planes, self.codec.encode(side.rotate(x) if side.rotated else x), strict=True):
-            if isinstance(page, int):
-                plane[:, page, :, row] = codes[:, 0]
-            else:
-                plane[:, page[:, 0], :, row[:, 0]] = codes.transpose(0, 1)  # type: ignore[index]
-
-    def _leaving(self, step: Step, recent: int) -> torch.Tensor:
-        """[layers, B, kv_heads, head_dim]"""
-        if step.lone is not None:
-            return self.rings[:, step.lone, :, step.floor % recent].unsqueeze(1)
-        return self.rings[:, step.slots, :, step.starts.remainder(recent)].transpose(0, 1)

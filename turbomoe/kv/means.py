@@ -1,15 +1,17 @@
-"""Key and value means: one constant per model, layer, KV head and channel, calibrated once and kept beside the model.
+"""Key and value means and key scales: fitted once for a model (``fit.py``) and kept beside it.
 
-Some models add a large constant vector to their keys (the k_proj bias of Qwen2 and Qwen2.5); at 3 bits it drowns
-everything else. Subtracting a fixed mean before encoding removes it, and softmax does not notice. The digest of the
-means is part of every saved cache, because codes written with one set of means are noise under another.
+Some models add a large constant vector to their keys (the k_proj bias of Qwen2 and Qwen2.5), and a few channels of
+keys are far larger than the rest while queries have next to nothing there; at 3 bits they drown everything else.
+Subtracting a mean that turns with the position (``turns.py``) and dividing each channel by a scale removes both;
+reading adds the mean's score and multiplies the query by the scales. The digest is part of every saved cache, because
+codes written with one set of means are noise under another.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike, fspath
 from pathlib import Path
@@ -18,11 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from turbomoe.errors import IntegrityError, TurbomoeError
+from turbomoe.errors import TurbomoeError
 from turbomoe.files.atomic import write_bytes
 
-FORMAT, VERSION = "turbomoe-kv-means", "1"
-LARGEST_FILE = 1 << 28  # 1,024 layers of 64 heads of 512 values, twice, take half of it
+FORMAT, VERSION = "turbomoe-kv-means", "2"
+LARGEST_FILE = 1 << 28  # 512 layers of 64 heads of 512 values, three times, take three quarters of it
+LEAST_SCALE = 1e-4  # beyond it and its inverse no fit goes
 
 
 class MeansError(TurbomoeError):
@@ -31,20 +34,31 @@ class MeansError(TurbomoeError):
 
 @dataclass(frozen=True)
 class KVMeans:
-    """Means of one model. ``keys`` and ``values`` map a layer to float32 [kv_heads, head_dim]; do not write to them.
+    """Means of one model. Mappings go from a layer to float32 [kv_heads, head_dim]; do not write to them.
 
-    ``identity`` is the model's (``ModelSource.identity``). Raises ``MeansError`` for arrays that do not fit together.
+    keys          the mean of a page's keys, as it is where the page begins at position 0
+    values        the mean of values
+    identity      the model's (``ModelSource.identity``)
+    scales        what keys are divided by and queries multiplied with; empty for ones
+    frequencies   float32 [r], radians a token by which channels i and i + r of keys turn; empty where none do
+
+    Raises ``MeansError`` for arrays that do not fit together.
     """
 
     keys: Mapping[int, torch.Tensor]
     values: Mapping[int, torch.Tensor]
     identity: str
+    scales: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    frequencies: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def __post_init__(self) -> None:
         if self.keys.keys() != self.values.keys():
             raise MeansError("KV means must cover the same layers for keys and for values")
+        if self.scales and self.scales.keys() != self.keys.keys():
+            raise MeansError("KV scales must cover the layers that the means cover")
         for layer in self.keys:
-            _check_layer(layer, self.keys[layer], self.values[layer])
+            _check_layer(layer, self.keys[layer], self.values[layer], self.scales.get(layer))
+        _check_frequencies(self.frequencies, min((mean.shape[1] for mean in self.keys.values()), default=0))
 
     @cached_property
     def digest(self) -> str:
@@ -71,7 +85,9 @@ class KVMeans:
             _check_size(name)
             metadata, tensors = _read(name)
             _check_metadata(metadata, identity)
-            means = cls(_side(tensors, "key"), _side(tensors, "value"), identity)
+            turning = tensors.pop("frequencies")
+            key, value, scale = (_side(tensors, name) for name in ("key", "value", "scale"))
+            means = cls(key, value, identity, scale, turning)
         except OSError as error:
             raise MeansError(f"Cannot read the KV means in {name}: {error.strerror or error}") from error
         except (SafetensorError, ValueError, KeyError, MeansError) as error:
@@ -81,54 +97,28 @@ class KVMeans:
         return means
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        sides = (("key", self.keys), ("value", self.values))
-        return {f"{side}.{layer}": mean.cpu().contiguous() for side, means in sides for layer, mean in means.items()}
+        sides = (("key", self.keys), ("value", self.values), ("scale", self.scales))
+        found = {f"{side}.{layer}": mean.cpu().contiguous() for side, means in sides for layer, mean in means.items()}
+        return found | {"frequencies": self.frequencies.cpu().contiguous()}
 
 
-class MeanAccumulator:
-    """Sums keys and values over calibration tokens, in float64, layer by layer."""
-
-    def __init__(self) -> None:
-        self._sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._tokens: dict[int, int] = {}
-
-    def add(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Count the tokens of ``keys`` and ``values`` [..., kv_heads, tokens, head_dim], post-RoPE, any float type."""
-        if keys.shape != values.shape:
-            raise IntegrityError(f"Keys {tuple(keys.shape)} and values {tuple(values.shape)} of layer {layer} differ")
-        sums = _token_sum(keys), _token_sum(values)
-        if layer in self._sums:
-            if self._sums[layer][0].shape != sums[0].shape:
-                raise IntegrityError(f"Layer {layer} changed its number or size of heads while its means were taken")
-            sums = self._sums[layer][0] + sums[0], self._sums[layer][1] + sums[1]
-        self._sums[layer] = sums
-        self._tokens[layer] = self._tokens.get(layer, 0) + keys.numel() // sums[0].numel()
-
-    def finish(self, identity: str) -> KVMeans:
-        """The means of what was added, as float32 on the CPU. Raises ``MeansError`` if that was nothing."""
-        if not self._tokens or min(self._tokens.values()) == 0:
-            raise MeansError("KV means cannot be taken", why="no tokens were counted")
-        means = {
-            layer: [(total / self._tokens[layer]).to("cpu", torch.float32) for total in sums]
-            for layer, sums in self._sums.items()
-        }
-        keys, values = ({layer: pair[side] for layer, pair in means.items()} for side in (0, 1))
-        return KVMeans(keys, values, identity)
-
-
-def _token_sum(x: torch.Tensor) -> torch.Tensor:
-    """Sum [..., kv_heads, tokens, head_dim] over everything but heads and channels: float64 [kv_heads, head_dim]."""
-    return x.double().sum(-2).reshape(-1, x.shape[-3], x.shape[-1]).sum(0)
-
-
-def _check_layer(layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-    both = (keys, values)
-    if layer < 0 or any(mean.dtype != torch.float32 or mean.dim() != 2 or mean.numel() == 0 for mean in both):
+def _check_layer(layer: int, keys: torch.Tensor, values: torch.Tensor, scales: torch.Tensor | None) -> None:
+    found = (keys, values, *(() if scales is None else (scales,)))
+    if layer < 0 or any(x.dtype != torch.float32 or x.dim() != 2 or x.numel() == 0 for x in found):
         raise MeansError(f"The KV means of layer {layer} are not float32 arrays [kv_heads, head_dim]")
-    if keys.shape != values.shape:
+    if any(x.shape != keys.shape for x in found):
         raise MeansError(f"The key and value means of layer {layer} differ in shape")
-    if not all(bool(torch.isfinite(mean).all()) for mean in both):
+    if not all(bool(torch.isfinite(x).all()) for x in found):
         raise MeansError(f"The KV means of layer {layer} are not finite numbers")
+    if scales is not None and not bool(((scales >= LEAST_SCALE) & (scales <= 1 / LEAST_SCALE)).all()):
+        raise MeansError(f"The key scales of layer {layer} are not between {LEAST_SCALE} and {1 / LEAST_SCALE:.0f}")
+
+
+def _check_frequencies(frequencies: torch.Tensor, head_dim: int) -> None:
+    if frequencies.dtype != torch.float32 or frequencies.dim() != 1 or 2 * len(frequencies) > head_dim:
+        raise MeansError("The rotary frequencies are not a float32 array of at most half as many values as a head")
+    if not bool(torch.isfinite(frequencies).all()):
+        raise MeansError("The rotary frequencies are not finite numbers")
 
 
 def _check_size(path: str) -> None:

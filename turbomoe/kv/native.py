@@ -59,7 +59,11 @@ def _side(side: Side) -> CKVSide | None:
         found.codes = side.planes[0].data_ptr()
         found.scales = side.planes[1].data_ptr() if len(side.planes) > 1 else None
     if side.mean is not None:
-        found.mean = _contiguous(side.mean).data_ptr()
+        found.mean = _address(side.mean)
+    if side.scale is not None:
+        found.scale = _address(side.scale)
+    if side.turns is not None:
+        found.turns, found.pairs = _address(side.turns), side.turns.shape[1] // 2
     _add_values(found, side.codec)
     return found
 
@@ -75,6 +79,6 @@ def _add_values(found: CKVSide, codec: Codec | None) -> None:
         found.levels[: len(table)] = table
 
 
-def _contiguous(mean: torch.Tensor) -> torch.Tensor:
-    assert mean.is_contiguous() and mean.dtype == torch.float32
-    return mean
+def _address(x: torch.Tensor) -> int:
+    assert x.is_contiguous() and x.dtype == torch.float32
+    return x.data_ptr()

@@ -13,7 +13,7 @@ from turbomoe.errors import TurbomoeError
 from turbomoe.native.build import LIBRARY_NAME, SOURCE_DIR, build_id, is_current
 from turbomoe.notices import Notice, board
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 LEVELS = ("avx512", "avx2", "portable")
 TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}  # of activations and results, by torch's names
 GATES = {"silu": 0, "gelu_tanh": 1, "swiglu_clipped": 2}
@@ -111,7 +111,8 @@ class CKVSide(c.Structure):
 
     _fields_ = [
         *[(n, c.c_int) for n in ("kind", "exact_type")],
-        *[(n, c.c_void_p) for n in ("sinks", "ring", "codes", "scales", "mean")],
+        *[(n, c.c_void_p) for n in ("sinks", "ring", "codes", "scales", "mean", "scale", "turns")],
+        ("pairs", c.c_int),
         ("levels", c.c_float * 16),
         ("codebook", c.c_void_p),
     ]

@@ -5,7 +5,7 @@
 
 #include <stddef.h>
 
-enum { TM_ABI_VERSION = 4 };
+enum { TM_ABI_VERSION = 5 };
 
 int tm_abi_version(void);
 /* sizeof a struct, in the order tm_experts, tm_experts_room, tm_experts_call, tm_linear, tm_linear_call, tm_bell,

@@ -21,6 +21,9 @@ typedef struct {
     void *codes;               /* [pages][kv_heads][TM_PAGE_TOKENS][bytes of a vector] */
     const void *scales;        /* fp16 [pages][kv_heads][TM_PAGE_TOKENS][1, or dim / 32 for Q8_0]; NULL for floats */
     const float *mean;         /* [kv_heads][dim]: what the codes lack; NULL for nothing */
+    const float *scale;        /* [kv_heads][dim]: what they were divided by (keys only); NULL for ones */
+    const float *turns;        /* [pages of a sequence][2 * pairs]: how the mean turns (turbomoe/kv/turns.py) */
+    int pairs;                 /* channels i and i + pairs turn together; 0: the mean stays */
     float levels[TM_LEVELS];   /* of a TQ kind, by code */
     const float *codebook;     /* of a TCQ kind: [states][values of a step], by window */
 } tm_kv_side;
@@ -37,8 +40,9 @@ typedef struct {
     long slot, length;         /* the sequence's slot, and its tokens before this one */
     const int64_t *pages;      /* its page table */
     const float *query;        /* [heads][dim], scaled */
-    const float *rotated;      /* the same in the rotated domain; NULL where keys are not rotated */
-    const float *offset;       /* [heads]: score of the keys' mean; NULL for none */
+    const float *rotated;      /* the same, scaled, in the rotated domain; NULL where keys are not rotated */
+    const float *offset;       /* [heads]: score of what stays of the keys' mean; NULL for no mean */
+    const float *waves;        /* [heads][2 * pairs]: times a page's `turns`, the score of what turns */
     const float *key, *value;  /* [kv_heads][dim]: the new token's, rounded as they are stored */
 } tm_attend;
 

@@ -18,7 +18,7 @@ struct tm_decoder_work {
     tm_attend ask;             /* of the layer that is being computed */
     long keys;                 /* that it sees, and in how many parts */
     int parts;
-    float *normed, *projected, *rotated, *offset, *fresh, *mixed;
+    float *normed, *projected, *rotated, *waves, *offset, *fresh, *mixed;
     tm_softmax *states;        /* [kv_heads][parts][group]: at most heads * splits */
     char *memory;
 };
@@ -31,8 +31,8 @@ tm_decoder_work *tm_decoder_work_new(tm_pool *pool, int hidden, int wide, int he
         return NULL;
     tm_decoder_work *work = calloc(1, sizeof *work);
     int splits = tm_pool_threads(pool) > 1 ? 2 * tm_pool_threads(pool) : 1;
-    long each = (long)heads * dim, floats = hidden + wide + each + heads + 2 * each + each;
-    long bytes = (long)sizeof(tm_softmax) * heads * splits + (long)sizeof(float) * (floats + 7 * 16);
+    long each = (long)heads * dim, floats = hidden + wide + 2 * each + heads + 2 * each + each;
+    long bytes = (long)sizeof(tm_softmax) * heads * splits + (long)sizeof(float) * (floats + 8 * 16);
     char *memory = aligned_alloc(TM_ALIGN, (size_t)tm_round_up(bytes, TM_ALIGN));
     if (!work || !memory) {
         free(work);
@@ -47,6 +47,7 @@ tm_decoder_work *tm_decoder_work_new(tm_pool *pool, int hidden, int wide, int he
     work->normed = at, at += hidden;
     work->projected = at, at += wide;
     work->rotated = at, at += each;
+    work->waves = at, at += each;
     work->offset = at, at += heads;
     work->fresh = at, at += 2 * each;
     work->mixed = at;
@@ -138,7 +139,20 @@ static void keep(const tm_decoder_work *work, const tm_kv_side *s, const float *
     }
 }
 
-/* What the queries need for codes: the rotated form, and the score of the mean. */
+/* The score of a mean: what stays of it, returned, and by which cosines and sines the rest comes and goes. */
+static float mean_score(const float *q, const float *mean, int dim, int pairs, float *waves)
+{
+    for (int i = 0; i < pairs; i++) {
+        waves[i] = q[i] * mean[i] + q[pairs + i] * mean[pairs + i];
+        waves[pairs + i] = q[pairs + i] * mean[i] - q[i] * mean[pairs + i];
+    }
+    float still = 0.0f;
+    for (int i = 2 * pairs; i < dim; i++)
+        still += q[i] * mean[i];
+    return still;
+}
+
+/* What the queries need for codes: the scaled and rotated form, and the score of the mean. */
 static void prepare_codes(tm_decoder_work *work)
 {
     tm_attend *a = &work->ask;
@@ -147,17 +161,16 @@ static void prepare_codes(tm_decoder_work *work)
     int coded = tm_keys_seen(a).coded > 0;
     a->rotated = coded && tm_kv_rotated(l->keys.kind) ? work->rotated : NULL;
     a->offset = coded && l->keys.mean ? work->offset : NULL;
+    a->waves = work->waves;
     for (long h = 0; a->rotated && h < l->heads; h++) {
         for (int i = 0; i < l->dim; i++)
-            work->rotated[h * l->dim + i] = a->query[h * l->dim + i] * l->signs[i];
+            work->rotated[h * l->dim + i] = a->query[h * l->dim + i] * l->signs[i]
+                                            * (l->keys.scale ? l->keys.scale[h / group * l->dim + i] : 1.0f);
         hadamard(work->rotated + h * l->dim, l->dim);
     }
-    for (long h = 0; a->offset && h < l->heads; h++) {
-        float sum = 0.0f;
-        for (int i = 0; i < l->dim; i++)
-            sum += a->query[h * l->dim + i] * l->keys.mean[h / group * l->dim + i];
-        work->offset[h] = sum;
-    }
+    for (long h = 0; a->offset && h < l->heads; h++)
+        work->offset[h] = mean_score(a->query + h * l->dim, l->keys.mean + h / group * l->dim, l->dim, l->keys.pairs,
+                                     work->waves + h * 2 * l->keys.pairs);
 }
 
 static void attend_units(tm_task *task, int phase, long begin, long end, int worker)
@@ -288,7 +301,7 @@ static int fits(const tm_decoder_work *work, const tm_decoder_call *call, const 
     return call->hidden <= work->hidden && layer->qkv.rows <= work->wide && layer->up.rows <= work->wide
            && l->heads <= work->heads && l->dim <= work->dim && l->dim % 16 == 0 && l->kv_heads >= 1
            && l->heads % l->kv_heads == 0 && l->heads / l->kv_heads <= TM_GROUP_QUERIES
-           && layer->rotary <= l->dim && layer->rotary % 2 == 0
+           && l->keys.pairs >= 0 && 2 * l->keys.pairs <= l->dim && layer->rotary <= l->dim && layer->rotary % 2 == 0
            && layer->qkv.rows == (l->heads + 2 * l->kv_heads) * l->dim;
 }
 

@@ -192,6 +192,19 @@ INLINE void weigh(tm_softmax *s, float *scores, long n, long dim)
         s->total += scores[i];
 }
 
+/* The score of the mean of the keys in page `page` of the sequence, for each query of `head`. */
+static void page_scores(const tm_attend *a, long head, long page, float *to)
+{
+    const tm_kv_layer *l = a->layer;
+    long group = l->heads / l->kv_heads, width = 2 * l->keys.pairs;
+    for (long g = 0; g < group; g++) {
+        const float *waves = a->waves + (head * group + g) * width, *turns = l->keys.turns + page * width;
+        to[g] = a->offset[head * group + g];
+        for (long i = 0; i < width; i++)
+            to[g] += waves[i] * turns[i];
+    }
+}
+
 /* Keys [begin, end) of `head`, counted as seen_row does, into the softmaxes of its queries. */
 static void attend(const tm_attend *a, long head, long begin, long end, tm_softmax *states)
 {
@@ -199,16 +212,20 @@ static void attend(const tm_attend *a, long head, long begin, long end, tm_softm
     long group = l->heads / l->kv_heads, dim = l->dim;
     tm_seen n = tm_keys_seen(a);
     long first_coded = n.sinks + n.ring, last_coded = first_coded + n.coded;
-    float line[TM_HEAD_DIM + LANES], scores[TM_GROUP_QUERIES][BLOCK];
+    float line[TM_HEAD_DIM + LANES], scores[TM_GROUP_QUERIES][BLOCK], of_mean[TM_GROUP_QUERIES];
+    long page = -1;
     for (long start = begin; start < end; start += BLOCK) {
         long count = end - start < BLOCK ? end - start : BLOCK;
         for (long i = 0; i < count; i++) {
             int coded = start + i >= first_coded && start + i < last_coded;
             float factor = vector(seen_row(a, &l->keys, a->key, n, head, start + i), &l->keys, dim, line);
+            long here = coded ? (start + i - first_coded) / TM_PAGE_TOKENS : -1;
+            if (a->offset && coded && here != page)
+                page_scores(a, head, page = here, of_mean);
             const float *q = (coded && a->rotated ? a->rotated : a->query) + head * group * dim;
             for (long g = 0; g < group; g++)
                 scores[g][i] = inner(q + g * dim, line, dim) * factor
-                               + (coded && a->offset ? a->offset[head * group + g] : 0.0f);
+                               + (coded && a->offset ? of_mean[g] : 0.0f);
         }
         for (long g = 0; g < group; g++)
             weigh(&states[g], scores[g], count, dim);
