@@ -14,6 +14,7 @@ from turbomoe.kv.cache import KVCache
 from turbomoe.kv.layer import Side, Step
 from turbomoe.kv.means import KVMeans
 from turbomoe.kv.shape import AttentionShape
+from turbomoe.kv.turns import turn
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Case:
     sink: int = 8
     recent: int = 32
     means: bool = True
+    turning_pairs: int = 24
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
 
@@ -42,8 +44,9 @@ def filled(case: Case, device: str) -> KVCache:
     random = torch.Generator().manual_seed(case.seed)
     means = None
     if case.means:
-        keys, values = (torch.randn(case.kv_heads, case.head_dim, generator=random) for _ in range(2))
-        means = KVMeans({0: keys}, {0: values}, "x")
+        keys, values, scales = (torch.randn(case.kv_heads, case.head_dim, generator=random) for _ in range(3))
+        turning = 0.8 ** torch.arange(case.turning_pairs)
+        means = KVMeans({0: keys}, {0: values}, "x", {0: (scales / 4).exp()}, turning)
     settings = KVSettings(case.type_k, case.type_v, case.sink, case.recent)
     cache = KVCache([case.shape], settings, slots=len(case.lengths) + 1, ctx_size=max(case.lengths) + 8,
                     dtype=case.dtype, device=device, means=means)  # fmt: skip
@@ -89,12 +92,24 @@ def dense(side: Side, new: torch.Tensor, step: Step, row: int) -> torch.Tensor:
         one = Step(step.slots[row : row + 1], step.starts[row : row + 1], step.pages[row : row + 1], 1, start, start + 1)
         codes = side.decode(one, 0, -(-coded // 64))[0][:, :coded]
         codes = side.unrotate(codes) if side.rotated else codes
-        parts.append((codes if side.mean is None else codes + side.mean[:, None]).double())
+        parts.append(_whole(side, codes).double())
     if side.recent:
         positions = torch.arange(max(sinks.shape[1], start - side.recent), start, device=new.device)
         parts.append(side.ring[slot][:, positions % side.recent].double())
     parts.append(new[row].to(side.exact_dtype).double())
     return torch.cat(parts, 1)
+
+
+def _whole(side: Side, codes: torch.Tensor) -> torch.Tensor:
+    """Decoded vectors [kv_heads, tokens, head_dim] with what was taken off before coding."""
+    if side.scale is not None:
+        codes = codes * side.scale[:, None]
+    if side.mean is None:
+        return codes
+    if side.turns is None:
+        return codes + side.mean[:, None]
+    page = torch.arange(codes.shape[1], device=codes.device) // 64
+    return codes + turn(side.mean[:, None], side.turns[page])
 
 
 def softmax_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
@@ -117,7 +132,8 @@ def errors(case: Case, attend, device: str) -> tuple[float, float]:
     keys, values = cache.attention[0]
     full = [(dense(keys, key, step, row), dense(values, value, step, row)) for row in range(batch)]
     oracle = torch.stack([softmax_attention(query[i, :, 0].double(), *kv, scale) for i, kv in enumerate(full)])
-    plain = torch.stack([softmax_attention(query[i, :, 0], *(x.to(case.dtype) for x in kv), scale) for i, kv in enumerate(full)])
+    lowest = torch.bfloat16 if "bf16" in (case.type_k, case.type_v) else case.dtype  # what the cache itself keeps
+    plain = torch.stack([softmax_attention(query[i, :, 0], *(x.to(lowest) for x in kv), scale) for i, kv in enumerate(full)])
     ours = attend(query, key, value, keys, values, step, scale)[:, 0]
     return _relative(ours, oracle), _relative(plain, oracle)
 

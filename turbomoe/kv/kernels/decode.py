@@ -1,8 +1,8 @@
-"""Triton: attention of one new token a sequence over exact windows and pages of codes, in three launches.
+"""Triton: attention of one new token a sequence over exact windows and pages of codes, in four launches.
 
 ``prepare`` turns the queries into the domain of the keys' codes; ``attend`` runs one program for each KV head and part of
-the context, all queries of the head together; ``combine`` merges the parts, turns what came from codes back, and stores
-the new token in the windows. Lengths and page tables are read on the device and the grid depends on sizes that never
+the context, all queries of the head together; ``merge`` sums the parts, ``finish`` turns what came from codes back and
+stores the new token in the windows. Lengths and page tables are read on the device and the grid depends on sizes that never
 change, so a CUDA graph may hold the launches. The reference is ``kv/decode.py``, with the same rule of windows.
 
 Parts [0, splits) read pages, the rest the windows. A part leaves the running maximum and sum of its softmax, in units of
@@ -36,22 +36,46 @@ def butterflies(x, D: tl.constexpr):
 
 @triton.jit
 def prepare(
-    query, turned, factors, offsets, signs, mean, scale, query_stride_b, query_stride_h,
+    query, turned, factors, offsets, signs, mean, spread, turns, scale, query_stride_b, query_stride_h, pages_per_slot,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, ROTATED: tl.constexpr, HAS_MEAN: tl.constexpr,
+    HAS_SPREAD: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """One query vector a program: float16 ``turned`` of largest magnitude 1, its factor, and its score with the mean."""
+    """Grid (B * HEADS, 1 + blocks of 16 pages). The first column turns a query: float16 ``turned`` of largest magnitude 1,
+    and its factor. The others find its scores with the means of 16 pages each (``turns.page_scores``).
+
+    PAIRS channels turn with as many others; HALF is the power of two that holds them.
+    """
     row = tl.program_id(0)
+    head = row % HEADS // GROUP
+    place = query + row // HEADS * query_stride_b + row % HEADS * query_stride_h
     d = tl.arange(0, D)
-    x = tl.load(query + row // HEADS * query_stride_b + row % HEADS * query_stride_h + d).to(tl.float32)
-    if HAS_MEAN:
-        m = tl.load(mean + row % HEADS // GROUP * D + d)
-        tl.store(offsets + row, tl.sum(x * m, 0) * scale * LOG2E)
-    if ROTATED:
-        x = butterflies(x * tl.load(signs + d), D)
-    top = tl.max(tl.abs(x), 0)
-    safe = tl.where(top > 0, top, 1.0)
-    tl.store(turned + row * D + d, (x / safe).to(tl.float16))
-    tl.store(factors + row, safe * scale * LOG2E)
+    x = tl.load(place + d).to(tl.float32)
+    if tl.program_id(1) == 0:
+        if HAS_SPREAD:
+            x = x * tl.load(spread + head * D + d)
+        if ROTATED:
+            x = butterflies(x * tl.load(signs + d), D)
+        top = tl.max(tl.abs(x), 0)
+        safe = tl.where(top > 0, top, 1.0)
+        tl.store(turned + row * D + d, (x / safe).to(tl.float16))
+        tl.store(factors + row, safe * scale * LOG2E)
+    elif HAS_MEAN:
+        page = (tl.program_id(1) - 1) * 16 + tl.arange(0, 16)
+        still = tl.sum(tl.where(d >= 2 * PAIRS, x * tl.load(mean + head * D + d), 0.0), 0)
+        found = tl.zeros((16,), tl.float32) + still
+        if PAIRS > 0:
+            i = tl.arange(0, HALF)
+            first, second = (i < PAIRS), PAIRS + i
+            qa, qb = tl.load(place + i, mask=first, other=0.0), tl.load(place + second, mask=first, other=0.0)
+            qa, qb = qa.to(tl.float32), qb.to(tl.float32)
+            a = tl.load(mean + head * D + i, mask=first, other=0.0)
+            b = tl.load(mean + head * D + second, mask=first, other=0.0)
+            inside = (page < pages_per_slot)[:, None] & first[None, :]
+            at = turns + page[:, None] * (2 * PAIRS)
+            cos = tl.load(at + i[None, :], mask=inside, other=0.0)
+            sin = tl.load(at + second[None, :], mask=inside, other=0.0)
+            found += tl.sum(cos * (qa * a + qb * b)[None, :] + sin * (qb * a - qa * b)[None, :], 1)
+        tl.store(offsets + row * pages_per_slot + page, found * scale * LOG2E, mask=page < pages_per_slot)
 
 
 @triton.jit
@@ -123,6 +147,15 @@ def _fold(
 
 
 @triton.jit
+def _offset(offsets, row, mine, tile, pages_per_slot, HAS_MEAN: tl.constexpr):
+    """Scores of the queries with the mean of a page: float32 [QUERIES]."""
+    if HAS_MEAN:
+        return tl.load(offsets + row * pages_per_slot + tile, mask=mine, other=0.0)
+    else:
+        return tl.zeros((QUERIES,), tl.float32)
+
+
+@triton.jit
 def _leave(part_top, part_total, part_far, part, top, total, far, D: tl.constexpr):
     """Store what a part has found: ``far`` [QUERIES, D], in its own order of columns, as a mean of values."""
     q = tl.arange(0, QUERIES)
@@ -155,7 +188,6 @@ def _pages(
     if K_KIND == "bf16" or K_KIND == "f16" or K_KIND == "f32":
         queries = queries.to(k_codes.dtype.element_ty if ASM else tl.float32)
     factor = tl.load(factors + row, mask=mine, other=0.0)
-    offset = tl.load(offsets + row, mask=mine, other=0.0) if HAS_MEAN else tl.zeros((QUERIES,), tl.float32)
     v_order = tl.load(v_dims + tl.arange(0, D))
     V_EXACT: tl.constexpr = V_KIND == "bf16" or V_KIND == "f16" or V_KIND == "f32"
     K_EXACT: tl.constexpr = K_KIND == "bf16" or K_KIND == "f16" or K_KIND == "f32"
@@ -165,11 +197,13 @@ def _pages(
     total = tl.zeros((PAGE, QUERIES), tl.float32)
     far = tl.zeros((D, QUERIES), tl.float32)
     row_of_table = pages + b * pages_per_slot
-    # The compiler prefetches codes; scales are too small for that and would be waited for, so they come a tile ahead.
+    # The compiler prefetches codes; what is too small for that would be waited for, so it comes a tile ahead.
     page = tl.load(row_of_table + first)
     next_page = tl.load(row_of_table + tl.minimum(first + 1, last - 1))
     k_scale, v_scale = _scales(k_scales, page, h, KV_HEADS, K_SCALED), _scales(v_scales, page, h, KV_HEADS, V_SCALED)
+    offset = _offset(offsets, row, mine, first, pages_per_slot, HAS_MEAN)
     for tile in tl.range(first, last, num_stages=STAGES):
+        next_offset = _offset(offsets, row, mine, tl.minimum(tile + 1, last - 1), pages_per_slot, HAS_MEAN)
         page_after = tl.load(row_of_table + tl.minimum(tile + 2, last - 1))
         next_k_scale = _scales(k_scales, next_page, h, KV_HEADS, K_SCALED)
         next_v_scale = _scales(v_scales, next_page, h, KV_HEADS, V_SCALED)
@@ -188,7 +222,7 @@ def _pages(
         # Rows that nobody has written yet may hold any scale, NaN too.
         sure = tl.where(seen, v_scale.to(tl.float32), 1.0)
         top, total, far = _fold(top, total, far, scores, v, sure, V_SCALED, V_EXACT, PRECISION)
-        next_page, k_scale, v_scale = page_after, next_k_scale, next_v_scale
+        next_page, k_scale, v_scale, offset = page_after, next_k_scale, next_v_scale, next_offset
     _leave(part_top, part_total, part_far, part, top, tl.sum(total, 0), tl.trans(far), D)
 
 
@@ -261,44 +295,78 @@ def attend(
 
 
 @triton.jit
-def combine(
-    out, part_top, part_total, part_far, v_columns, starts, slots, signs, mean, k_sinks, k_ring, k_fresh, v_sinks, v_ring, v_fresh,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SINK: tl.constexpr,
-    RECENT: tl.constexpr, BEHIND: tl.constexpr, SPLITS: tl.constexpr, WINDOWS: tl.constexpr, PARTS: tl.constexpr, ROTATED: tl.constexpr,
-    HAS_MEAN: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr,
+def _weights(part_top, part_total, place, inside, top):
+    """Shares of parts, relative to the maximum ``top``: float32."""
+    weight = tl.exp2(tl.load(part_top + place, mask=inside, other=float("-inf")) - top)
+    return weight * tl.load(part_total + place, mask=inside, other=0.0)
+
+
+@triton.jit
+def merge(
+    sums, totals, part_top, part_total, part_far, starts,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BEHIND: tl.constexpr,
+    SPLITS: tl.constexpr, WINDOWS: tl.constexpr, PARTS: tl.constexpr, WINDOW_ROWS: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One query head a program: float32 out [B, HEADS, D]. The first of a group also stores the new token."""
-    b, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    """Grid (B * HEADS, D / COLUMNS): the parts of a query head together.
+
+    sums [2, B * HEADS, D]: values from codes, in the order of their columns, and from windows; totals [2, B * HEADS]: the
+    sums of weights from codes, and of all.
+    """
     if EARLY:
         gdc_wait()
-    h, query = head // GROUP, head % GROUP
-    row = (b * KV_HEADS + h) * (SPLITS + WINDOWS)
-    d, i, p = tl.arange(0, D), tl.arange(0, BLOCK), tl.arange(0, PARTS)
+    program, rows = tl.program_id(0), tl.num_programs(0)
+    b, head = program // HEADS, program % HEADS
+    row, query = (b * KV_HEADS + head // GROUP) * (SPLITS + WINDOWS), head % GROUP
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     tiles = tl.cdiv(tl.maximum(tl.load(starts + b) - BEHIND, 0), PAGE)
     used = tl.minimum(tl.cdiv(tiles, tiles_each(tiles, SPLITS)), SPLITS)
-    every = tl.load(part_top + (row + p) * QUERIES + query, mask=p < SPLITS + WINDOWS, other=float("-inf"))
-    top = tl.max(every, 0)
-    total, coded_total = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    plain, coded = tl.zeros((BLOCK, D), tl.float32), tl.zeros((BLOCK, D), tl.float32)
-    for first in tl.range(0, used + WINDOWS, BLOCK, num_stages=2):
-        part = first + i
-        inside, is_coded = part < used + WINDOWS, part < used
-        place = (row + tl.where(is_coded, part, SPLITS + part - used)) * QUERIES + query
-        far = tl.load(part_far + place[:, None] * D + d[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
-        weight = tl.exp2(tl.load(part_top + place, mask=inside, other=float("-inf")) - top)
-        weight = weight * tl.load(part_total + place, mask=inside, other=0.0)
-        coded_weight = tl.where(is_coded, weight, 0.0)
-        total, coded_total = total + weight, coded_total + coded_weight
-        plain += (weight - coded_weight)[:, None] * far
-        coded += coded_weight[:, None] * far
-    plain, coded = tl.sum(plain, 0), tl.sum(coded, 0)
-    total, coded_total = tl.sum(total, 0), tl.sum(coded_total, 0)
-    coded = tl.gather(coded, tl.load(v_columns + d), 0)
+    p = tl.arange(0, PARTS)
+    top = tl.max(tl.load(part_top + (row + p) * QUERIES + query, mask=p < SPLITS + WINDOWS, other=float("-inf")), 0)
+    total, coded = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK, COLUMNS), tl.float32)
+    for first in tl.range(0, used, BLOCK, num_stages=2):
+        part = first + tl.arange(0, BLOCK)
+        place = (row + part) * QUERIES + query
+        far = tl.load(part_far + place[:, None] * D + column[None, :], mask=(part < used)[:, None], other=0.0)
+        weight = _weights(part_top, part_total, place, part < used, top)
+        total += weight
+        coded += weight[:, None] * far.to(tl.float32)
+    coded_total = tl.sum(total, 0)
+    tl.store(sums + program * D + column, tl.sum(coded, 0))
+    if WINDOWS > 0:
+        w = tl.arange(0, WINDOW_ROWS)
+        place = (row + SPLITS + w) * QUERIES + query
+        far = tl.load(part_far + place[:, None] * D + column[None, :], mask=(w < WINDOWS)[:, None], other=0.0)
+        weight = _weights(part_top, part_total, place, w < WINDOWS, top)
+        tl.store(sums + (rows + program) * D + column, tl.sum(weight[:, None] * far.to(tl.float32), 0))
+        total_of_windows = tl.sum(weight, 0)
+    else:
+        tl.store(sums + (rows + program) * D + column, tl.zeros((COLUMNS,), tl.float32))
+        total_of_windows = 0.0
+    if tl.program_id(1) == 0:
+        tl.store(totals + program, coded_total)
+        tl.store(totals + rows + program, coded_total + total_of_windows)
+
+
+@triton.jit
+def finish(
+    out, sums, totals, v_columns, starts, slots, signs, mean, k_sinks, k_ring, k_fresh, v_sinks, v_ring, v_fresh,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SINK: tl.constexpr,
+    RECENT: tl.constexpr, ROTATED: tl.constexpr, HAS_MEAN: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One query head a program: float32 out [B, HEADS, D]. The first of a group also stores the new token."""
+    if EARLY:
+        gdc_wait()
+    program, rows, d = tl.program_id(0), tl.num_programs(0), tl.arange(0, D)
+    b, head = program // HEADS, program % HEADS
+    h, query = head // GROUP, head % GROUP
+    coded = tl.load(sums + program * D + tl.load(v_columns + d))
+    plain = tl.load(sums + (rows + program) * D + d)
     if ROTATED:
         coded = butterflies(coded, D) * tl.load(signs + d)
     if HAS_MEAN:
-        coded += coded_total * tl.load(mean + h * D + d)
-    tl.store(out + tl.program_id(0) * D + d, (coded + plain) / total)
+        coded += tl.load(totals + program) * tl.load(mean + h * D + d)
+    tl.store(out + program * D + d, (coded + plain) / tl.load(totals + rows + program))
     if query == 0 and SINK + RECENT > 0:
         start, slot = tl.load(starts + b), tl.load(slots + b)
         k = tl.load(k_fresh + (b * KV_HEADS + h) * D + d)

@@ -15,7 +15,8 @@ from turbomoe.kv.layer import Side, Step
 from turbomoe.kv.pages import PAGE_TOKENS
 
 PROGRAMS_PER_SM = 3
-EARLY, BLOCK = True, 64
+EARLY = True
+BLOCK, COLUMNS = 64, 64  # parts that are merged at a time, and columns of a program that does
 WARPS, REGISTERS, STAGES = 4, 168, 3  # registers a thread so that three programs fit an SM
 
 
@@ -27,6 +28,12 @@ def interpreted() -> bool:
 @functools.lru_cache(maxsize=8)
 def _processors(device: torch.device) -> int:
     return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.lru_cache(maxsize=8)
+def _launches_early(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before it ends: from compute capability 9 on."""
+    return EARLY and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.lru_cache(maxsize=16)
@@ -49,13 +56,14 @@ def attend_one(
         values.keep(value, step)
     device, rows = query.device, batch * heads
     asm = asm and not interpreted()
-    early = EARLY and asm
+    early = asm and _launches_early(device)
     capacity = step.pages.shape[1] if keys.codec is not None else 1
     splits = max(1, min(capacity, PROGRAMS_PER_SM * _processors(device) // (batch * kv_heads)))
     windows = 0 if paged else triton.cdiv(keys.sink + keys.recent + 1, PAGE_TOKENS)
     parts = batch * kv_heads * (splits + windows)
     turned = torch.empty(rows, dim, dtype=torch.float16, device=device)
-    factors, offsets = torch.empty(2, rows, dtype=torch.float32, device=device)
+    factors = torch.empty(rows, dtype=torch.float32, device=device)
+    offsets = torch.empty(rows, capacity if keys.mean is not None else 1, dtype=torch.float32, device=device)
     tops, totals = torch.empty(2, parts, QUERIES, dtype=torch.float32, device=device)
     far = torch.empty(parts, QUERIES, dim, dtype=torch.float16, device=device)
     out = torch.empty(batch, 1, heads, dim, dtype=torch.float32, device=device)
@@ -63,25 +71,35 @@ def attend_one(
     shape = {"HEADS": heads, "GROUP": heads // kv_heads, "D": dim}
     k, v = (_stored(side, dim, side is keys, str(device)) for side in (keys, values))
     mean_k, mean_v = (signs if side.mean is None else side.mean for side in (keys, values))
-    decode.prepare[(rows,)](
-        query, turned, factors, offsets, signs, mean_k, scale, query.stride(0), query.stride(1), **shape,
-        ROTATED=keys.rotated, HAS_MEAN=keys.mean is not None, num_warps=1,
+    blocks = triton.cdiv(capacity, 16) if keys.mean is not None else 0
+    pairs = 0 if keys.turns is None else keys.turns.shape[1] // 2
+    decode.prepare[(rows, 1 + blocks)](
+        query, turned, factors, offsets, signs, mean_k, signs if keys.scale is None else keys.scale,
+        signs if keys.turns is None else keys.turns, scale, query.stride(0), query.stride(1), capacity, **shape,
+        ROTATED=keys.rotated, HAS_MEAN=keys.mean is not None, HAS_SPREAD=keys.scale is not None, PAIRS=pairs,
+        HALF=triton.next_power_of_2(max(pairs, 1)), num_warps=1,
     )  # fmt: skip
     behind = -1 if paged else keys.sink + keys.recent
     precision = "ieee" if torch.float32 in (keys.exact_dtype, values.exact_dtype) else "tf32"
     decode.attend[(splits + windows, batch * kv_heads)](
         query, turned, factors, offsets, step.starts, step.slots, step.pages, *k[:4], keys.sinks, keys.ring, key,
-        *v[:4], values.sinks, values.ring, value, tops, totals, far, scale, step.pages.shape[1], query.stride(0),
+        *v[:4], values.sinks, values.ring, value, tops, totals, far, scale, capacity, query.stride(0),
         query.stride(1), **shape, KV_HEADS=kv_heads, SINK=keys.sink, RECENT=keys.recent, BEHIND=behind,
         K_KIND=_kind(keys), V_KIND=_kind(values), K_WIDTH=_width(keys), V_WIDTH=_width(values),
         HAS_MEAN=keys.mean is not None, SPLITS=splits, WINDOWS=windows, STAGES=STAGES, EARLY=early,
         ASM=asm, PRECISION=precision, num_warps=WARPS, maxnreg=REGISTERS, launch_pdl=early,
     )  # fmt: skip
-    decode.combine[(rows,)](
-        out, tops, totals, far, v[-1], step.starts, step.slots, signs, mean_v, keys.sinks, keys.ring, key, values.sinks,
-        values.ring, value, **shape, KV_HEADS=kv_heads, SINK=keys.sink, RECENT=keys.recent, BEHIND=behind,
-        SPLITS=splits, WINDOWS=windows, PARTS=triton.next_power_of_2(splits + windows), ROTATED=values.rotated,
-        HAS_MEAN=values.mean is not None, EARLY=early, BLOCK=BLOCK, num_warps=8, launch_pdl=early,
+    sums = torch.empty(2, rows, dim, dtype=torch.float32, device=device)
+    shares = torch.empty(2, rows, dtype=torch.float32, device=device)
+    decode.merge[(rows, dim // COLUMNS)](
+        sums, shares, tops, totals, far, step.starts, **shape, KV_HEADS=kv_heads, BEHIND=behind, SPLITS=splits,
+        WINDOWS=windows, PARTS=triton.next_power_of_2(splits + windows), WINDOW_ROWS=triton.next_power_of_2(windows + 1),
+        EARLY=early, BLOCK=BLOCK, COLUMNS=COLUMNS, num_warps=4, launch_pdl=early,
+    )  # fmt: skip
+    decode.finish[(rows,)](
+        out, sums, shares, v[-1], step.starts, step.slots, signs, mean_v, keys.sinks, keys.ring, key, values.sinks,
+        values.ring, value, **shape, KV_HEADS=kv_heads, SINK=keys.sink, RECENT=keys.recent, ROTATED=values.rotated,
+        HAS_MEAN=values.mean is not None, EARLY=early, num_warps=1, launch_pdl=early,
     )  # fmt: skip
     return out
 
