@@ -2,9 +2,10 @@
 
     python benchmarks/kv_kernel_matrix.py
 
-First that the assembly's values are those of the tables, for every window of the trellis codes. Then, for each head size
-and pair of types, attention over six sequences of 0 to 4,097 tokens: the error relative to a float64 oracle beside that of
-plain PyTorch in the same precision. Ratios of query to KV heads take turns from 1 to 16. Last line: JSON.
+First that the assembly's values are those of the tables, for every window of the trellis codes. Then, for each head
+size and pair of types, attention over six sequences of 0 to 4,097 tokens: the error relative to a float64 oracle
+beside
+that of plain PyTorch in the same precision. Ratios of query to KV heads take turns from 1 to 16. Last line: JSON.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tests.kv.contract import Case, errors  # noqa: E402
-from turbomoe.kv.codecs import make_codec  # noqa: E402
-from turbomoe.kv.kernels.codes import row_order, vectors  # noqa: E402
-from turbomoe.kv.kernels.launch import attend_one  # noqa: E402
-from turbomoe.kv.kernels.layout import SCALAR_BITS, column_dims, table  # noqa: E402
-from turbomoe.kv.trellis_codebook import TRELLISES  # noqa: E402
+from tests.kv.contract import Case, errors
+from turbomoe.kv.codecs import make_codec
+from turbomoe.kv.kernels.codes import row_order, vectors
+from turbomoe.kv.kernels.launch import attend_one
+from turbomoe.kv.kernels.layout import SCALAR_BITS, chunks, column_dims, table
+from turbomoe.kv.trellis_codebook import TRELLISES
 
 TYPES = ("f16", "bf16", "q8_0", "tq2", "tq3", "tq4", "tcq2", "tcq2.5", "tcq3", "tcq4")
 MIXED = [("tcq3", "tcq2"), ("tcq2.5", "tcq2"), ("q8_0", "tq3"), ("bf16", "tcq3"), ("tq4", "bf16"), ("tcq4", "f16")]
@@ -38,10 +39,10 @@ SIGMAS = {"tq2": 5e-4, "tq3": 5e-4, "tq4": 2e-3}  # a level's error in half prec
 
 
 @triton.jit
-def _dump(codes, out, dims_at, table, D: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr, FOR_SCORES: tl.constexpr, ASM: tl.constexpr):  # noqa: E501  # fmt: skip
-    n, dims = tl.arange(0, 64), tl.load(dims_at + tl.arange(0, D))
+def _dump(codes, out, dims_at, table, D: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, FOR_SCORES: tl.constexpr, ASM: tl.constexpr):  # noqa: E501  # fmt: skip
+    n, dims = tl.arange(0, 64), tl.load(dims_at + CHUNK * (D // CHUNKS) + tl.arange(0, D // CHUNKS))
     first = tl.program_id(0) * 64
-    x = vectors(codes, (first + n).to(tl.int64) * WIDTH, dims, table, D, KIND, FOR_SCORES, ASM)
+    x = vectors(codes, (first + n).to(tl.int64) * WIDTH, dims, table, D, KIND, CHUNK, CHUNKS, FOR_SCORES, ASM)
     tl.store(out + (first + row_order(n))[:, None] * D + dims[None, :], x)
 
 
@@ -53,10 +54,14 @@ def decoding(name: str) -> dict:
         width = codec.planes[0].width
         codes = torch.randint(0, 256, (64 * 32, width), dtype=torch.uint8, device="cuda")
         expected = codec.decode((codes, torch.ones(len(codes), 1, dtype=torch.float16, device="cuda")))
-        dims, _ = column_dims(name, dim, for_scores, "cuda")
+        parts = chunks(dim, name)
+        dims, _ = column_dims(name, dim, for_scores, parts, "cuda")
         for form in worst:
             out = torch.full((len(codes), dim), float("nan"), dtype=torch.float16, device="cuda")
-            _dump[(32,)](codes, out, dims, table(name, "cuda"), dim, width, name, for_scores, form == "asm")
+            for chunk in range(parts):
+                _dump[(32,)](
+                    codes, out, dims, table(name, "cuda"), dim, width, name, chunk, parts, for_scores, form == "asm"
+                )
             worst[form] = max(worst[form], float((out.float() - expected).abs().nan_to_num(1e9).max()))
     return {"decoding": name, **worst, "bad": max(worst.values()) > SIGMAS.get(name, 0.0)}
 
@@ -66,11 +71,21 @@ def attention(number: int) -> dict:
     dim, (type_k, type_v) = list(itertools.product(SIZES, PAIRS))[number]
     ratio = RATIOS[(number + number // len(PAIRS)) % len(RATIOS)]
     dtype = torch.bfloat16 if number % 3 else torch.float16
-    case = Case(dim, 2 * ratio, 2, type_k, type_v, LENGTHS, sink=64 if number % 2 else 8, recent=256 if number % 2 else 31,
-                means=number % 5 != 0, turning_pairs=(dim // 2, dim // 8, 0)[number % 3], dtype=dtype)  # fmt: skip
+    sink, recent = (64, 256) if number % 2 else (8, 31)
+    turning = (dim // 2, dim // 8, 0)[number % 3]
+    case = Case(dim, 2 * ratio, 2, type_k, type_v, LENGTHS, sink, recent, number % 5 != 0, turning, dtype)
     ours, plain = errors(case, attend_one, "cuda")
     ok = ours <= 2 * plain
-    return {"head_dim": dim, "k": type_k, "v": type_v, "group": ratio, "dtype": str(dtype)[6:], "error": ours, "plain": plain, "bad": not ok}
+    return {
+        "head_dim": dim,
+        "k": type_k,
+        "v": type_v,
+        "group": ratio,
+        "dtype": str(dtype)[6:],
+        "error": ours,
+        "plain": plain,
+        "bad": not ok,
+    }
 
 
 def main() -> None:
@@ -82,13 +97,26 @@ def main() -> None:
         rows = []
         for row in decoded:
             rows.append(row)
-            print(f"{row['decoding']:7} asm {row['asm']:.1e} twin {row['twin']:.1e} {'BAD' if row['bad'] else ''}", flush=True)
+            print(
+                f"{row['decoding']:7} asm {row['asm']:.1e} twin {row['twin']:.1e} {'BAD' if row['bad'] else ''}",
+                flush=True,
+            )
         for row in attended:
             rows.append(row)
-            print(f"{row['head_dim']:4} {row['k']:7}{row['v']:7} x{row['group']:<3} {row['dtype']:9} error {row['error']:.1e}, "
-                  f"{row['error'] / row['plain']:.2f} x PyTorch's {'BAD' if row['bad'] else ''}", flush=True)  # fmt: skip
+            label = f"{row['head_dim']:4} {row['k']:7}{row['v']:7} x{row['group']:<3} {row['dtype']:9}"
+            ratio, bad = row["error"] / row["plain"], "BAD" if row["bad"] else ""
+            print(f"{label} error {row['error']:.1e}, {ratio:.2f} x PyTorch's {bad}", flush=True)
     print(f"{len(rows)} rows, {sum(row['bad'] for row in rows)} outside the contract, {time.time() - started:.0f} s")
-    print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "rows": rows}))
+    print(
+        json.dumps(
+            {
+                "device": torch.cuda.get_device_name(),
+                "torch": torch.__version__,
+                "triton": triton.__version__,
+                "rows": rows,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # the discard port: a test tha
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when a kernel is defined; here no test has a GPU
 
 # A shell's background job starts with Ctrl-C ignored, and its children inherit that: tests of Ctrl-C could not work.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -64,7 +64,11 @@ def _random(like: torch.Tensor, random: torch.Generator) -> torch.Tensor:
     if not like.is_floating_point():
         return torch.randint(0, 256, like.shape, generator=random).to(torch.uint8).view(like.dtype)
     if like.dtype == torch.float16 and like.shape[-1] in (1, 2, 4, 8):  # scales: of one a vector or of q8_0's blocks
-        return torch.rand(like.shape, generator=random) + 0.5 if like.shape[-1] == 1 else torch.rand(like.shape, generator=random) / 64
+        return (
+            torch.rand(like.shape, generator=random) + 0.5
+            if like.shape[-1] == 1
+            else torch.rand(like.shape, generator=random) / 64
+        )
     return torch.randn(like.shape, generator=random) + 0.5
 
 
@@ -76,9 +80,9 @@ def open_step(cache: KVCache, slots: list[int]) -> Step:
 
 
 def fresh(case: Case, batch: int, count: int, random: torch.Generator, device: str) -> list[torch.Tensor]:
-    """Queries, keys and values of new tokens, [B, heads, count, head_dim]; keys and values with a common part."""
-    shape = (batch, case.heads, count, case.head_dim)
-    made = [torch.randn(shape, generator=random) + common for common in (0.0, 1.0, 0.5)]
+    """Queries, keys and values of new tokens [B, (kv_)heads, count, head_dim]; the latter with a common part."""
+    parts = ((case.heads, 0.0), (case.kv_heads, 1.0), (case.kv_heads, 0.5))
+    made = [torch.randn(batch, heads, count, case.head_dim, generator=random) + common for heads, common in parts]
     return [tensor.to(device, case.dtype) for tensor in made]
 
 
@@ -89,7 +93,9 @@ def dense(side: Side, new: torch.Tensor, step: Step, row: int) -> torch.Tensor:
     coded = max(0, start - side.sink - side.recent) if side.sink + side.recent else start
     parts = [sinks]
     if coded:
-        one = Step(step.slots[row : row + 1], step.starts[row : row + 1], step.pages[row : row + 1], 1, start, start + 1)
+        one = Step(
+            step.slots[row : row + 1], step.starts[row : row + 1], step.pages[row : row + 1], 1, start, start + 1
+        )
         codes = side.decode(one, 0, -(-coded // 64))[0][:, :coded]
         codes = side.unrotate(codes) if side.rotated else codes
         parts.append(_whole(side, codes).double())
@@ -126,14 +132,15 @@ def errors(case: Case, attend, device: str) -> tuple[float, float]:
     random = torch.Generator().manual_seed(case.seed + 1)
     batch = len(case.lengths)
     query, key, value = fresh(case, batch, 1, random, device)
-    key, value = key[:, : case.kv_heads], value[:, : case.kv_heads]
     scale = case.head_dim**-0.5
     step = open_step(cache, list(range(batch)))
     keys, values = cache.attention[0]
     full = [(dense(keys, key, step, row), dense(values, value, step, row)) for row in range(batch)]
     oracle = torch.stack([softmax_attention(query[i, :, 0].double(), *kv, scale) for i, kv in enumerate(full)])
     lowest = torch.bfloat16 if "bf16" in (case.type_k, case.type_v) else case.dtype  # what the cache itself keeps
-    plain = torch.stack([softmax_attention(query[i, :, 0], *(x.to(lowest) for x in kv), scale) for i, kv in enumerate(full)])
+    plain = torch.stack(
+        [softmax_attention(query[i, :, 0], *(x.to(lowest) for x in kv), scale) for i, kv in enumerate(full)]
+    )
     ours = attend(query, key, value, keys, values, step, scale)[:, 0]
     return _relative(ours, oracle), _relative(plain, oracle)
 

@@ -23,21 +23,24 @@ def pack_steps(symbols: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def to_planes(stream: torch.Tensor, words: int) -> torch.Tensor:
-    """Bytes [..., bytes] as they are stored: of every group of ``words`` 32-bit words all first ones, all second ones...
+    """Bytes [..., bytes] as they are stored: of every group of ``words`` 32-bit words all first ones, all second
+    ones...
 
     A group holds whole steps, so equal words of all groups are cut alike, and a GPU reads them as one run. A stream
     that is no whole number of groups is stored as it is.
     """
     if words == 1 or stream.shape[-1] % (4 * words):
         return stream
-    return stream.unflatten(-1, (-1, words, 4)).transpose(-3, -2).flatten(-3)
+    planes: torch.Tensor = stream.unflatten(-1, (-1, words, 4)).transpose(-3, -2).flatten(-3)
+    return planes
 
 
 def from_planes(codes: torch.Tensor, words: int) -> torch.Tensor:
     """The stream that ``to_planes`` stored."""
     if words == 1 or codes.shape[-1] % (4 * words):
         return codes
-    return codes.unflatten(-1, (words, -1, 4)).transpose(-3, -2).flatten(-3)
+    stream: torch.Tensor = codes.unflatten(-1, (words, -1, 4)).transpose(-3, -2).flatten(-3)
+    return stream
 
 
 @dataclass(frozen=True)

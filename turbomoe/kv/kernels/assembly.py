@@ -154,16 +154,16 @@ def _lanes(w: _Writer, words: int, low: int, high: int, mask: int, base: str) ->
 def _hash(w: _Writer, words: int, steps: tuple[int, int], trellis: Trellis) -> str:
     """u of two windows: (multiplier * window) modulo 2^window_bits, scaled into [-1, 1)."""
     half, mask = 1 << trellis.window_bits - 1, trellis.states - 1
-    bits = [step * trellis.step_bits for step in steps]
+    first, second = (step * trellis.step_bits for step in steps)
     magic = w.constant("0x64006400")
     a = (trellis.multipliers[0], trellis.multipliers[-1])
     if trellis.values == 1 and a[0] * mask < 1 << 16:
         # Both products fit their halves, and one integer multiplication makes them.
-        x = w.op("mul.lo.u32", _lanes(w, words, *bits, mask, w.constant("0")), str(a[0]))
+        x = w.op("mul.lo.u32", _lanes(w, words, first, second, mask, w.constant("0")), str(a[0]))
         h = _masked(w, x, f"0x{mask:04x}{mask:04x}", magic)
         return w.op("fma.rn.f16x2", h, w.constant(half2(1 / half)), w.constant(half2(-1024 / half - 1)))
     # Else halves do: t, from 2048 on, rounds to even numbers, so it is twice the product's whole part and something.
-    h = _lanes(w, words, *bits, mask, magic)
+    h = _lanes(w, words, first, second, mask, magic)
     multiplier = w.constant(both(*(v / half for v in a)))
     shift = w.constant(both(*(2051 + v - (1024 + half) * v // half for v in a)))
     s = w.op("sub.rn.f16x2", shift, w.op("fma.rn.f16x2", h, multiplier, shift))
@@ -173,8 +173,8 @@ def _hash(w: _Writer, words: int, steps: tuple[int, int], trellis: Trellis) -> s
 def trellis(trellis: Trellis, pairs: Sequence[tuple[int, int]]) -> Block:
     """Trellis codes: a group of words and the one after it to the values of ``pairs`` of steps, a pair a register.
 
-    With two values a step a pair names the same step twice. The arithmetic is that of ``trellis_codebook``, operation by
-    operation, so that both agree bit for bit.
+    With two values a step a pair names the same step twice. The arithmetic is that of ``trellis_codebook``, operation
+    by operation, so that both agree bit for bit.
     """
     words, exponents, c = trellis.group_words, trellis.exponents, trellis.coefficients
     w = _Writer(words + 1, len(pairs))

@@ -1,8 +1,8 @@
 """Triton: tiles of stored keys or values, decoded in registers to what a dot product takes.
 
 ``vectors`` reads N stored vectors of one head and returns [N, head_dim], unscaled, with dims in the order of
-``layout.column_dims``. Two forms: packed half precision by inline assembly (``assembly.py``), and a plain twin that looks
-levels up in a table, for Triton's interpreter and for devices without that assembly.
+``layout.column_dims``. Two forms: packed half precision by inline assembly (``assembly.py``), and a plain twin that
+looks levels up in a table, for Triton's interpreter and for devices without that assembly.
 """
 
 from __future__ import annotations
@@ -53,12 +53,6 @@ def _word(codes, rows, index):
 
 
 @triton.jit
-def _outer(a, b):
-    """[N, C] twice to [N, 2 C], one after the other."""
-    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
-
-
-@triton.jit
 def _arranged(x, G: tl.constexpr, FOR_SCORES: tl.constexpr):
     """Registers int32 [N, registers] of G groups, by group, to float16 [N, 2 * registers]; see ``layout.column_dims``.
 
@@ -101,80 +95,66 @@ def _next_group(first, codes, rows, index, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _tq2(codes, rows, D: tl.constexpr, FOR_SCORES: tl.constexpr):
-    w = _word(codes, rows, tl.arange(0, D // 16))
+def _tq2(codes, rows, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, FOR_SCORES: tl.constexpr):
+    G: tl.constexpr = D // 16 // CHUNKS
+    w = _word(codes, rows, CHUNK * G + tl.arange(0, G))
     a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
         TQ2_TEXT, TQ2_REGISTERS, [w], dtype=(tl.int32,) * 8, is_pure=True, pack=1
     )
-    return _arranged(_merge8(a, b, c, d, e, f, g, h), D // 16, FOR_SCORES)
+    return _arranged(_merge8(a, b, c, d, e, f, g, h), G, FOR_SCORES)
 
 
 @triton.jit
-def _tq3(codes, rows, D: tl.constexpr, FOR_SCORES: tl.constexpr):
-    index = tl.arange(0, D // 16)
+def _tq3(codes, rows, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, FOR_SCORES: tl.constexpr):
+    G: tl.constexpr = D // 16 // CHUNKS
+    index = CHUNK * G + tl.arange(0, G)
     w = _word(codes, rows, index)
     high = _word(codes + D // 4, rows, index % (D // 32)) >> (index // (D // 32))[None, :]
     a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
         TQ3_TEXT, TQ3_REGISTERS, [w, high], dtype=(tl.int32,) * 8, is_pure=True, pack=1
     )
-    return _arranged(_merge8(a, b, c, d, e, f, g, h), D // 16, FOR_SCORES)
+    return _arranged(_merge8(a, b, c, d, e, f, g, h), G, FOR_SCORES)
 
 
 @triton.jit
-def _tq4_words(codes, rows, index, FOR_SCORES: tl.constexpr):
-    w = _word(codes, rows, index)
-    a, b, c, d = tl.inline_asm_elementwise(
-        TQ4_TEXT, TQ4_REGISTERS, [w], dtype=(tl.int32,) * 4, is_pure=True, pack=1
-    )
-    return _arranged(_merge4(a, b, c, d), index.shape[0], FOR_SCORES)
+def _tq4(codes, rows, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, FOR_SCORES: tl.constexpr):
+    G: tl.constexpr = D // 8 // CHUNKS
+    w = _word(codes, rows, CHUNK * G + tl.arange(0, G))
+    a, b, c, d = tl.inline_asm_elementwise(TQ4_TEXT, TQ4_REGISTERS, [w], dtype=(tl.int32,) * 4, is_pure=True, pack=1)
+    return _arranged(_merge4(a, b, c, d), G, FOR_SCORES)
 
 
 @triton.jit
-def _tq4(codes, rows, D: tl.constexpr, FOR_SCORES: tl.constexpr):
-    if D == 256:
-        index = tl.arange(0, 16)
-        return _outer(_tq4_words(codes, rows, index, FOR_SCORES), _tq4_words(codes, rows, 16 + index, FOR_SCORES))
-    else:
-        return _tq4_words(codes, rows, tl.arange(0, D // 8), FOR_SCORES)
-
-
-@triton.jit
-def _tcq2(codes, rows, D: tl.constexpr, FOR_SCORES: tl.constexpr):
-    index = tl.arange(0, D // 16)
+def _tcq2(codes, rows, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, FOR_SCORES: tl.constexpr):
+    G: tl.constexpr = D // 16 // CHUNKS
+    index = CHUNK * G + tl.arange(0, G)
     w = _word(codes, rows, index)
     n = _next_group(w, codes, rows, index, D // 16)
     a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
         TCQ2_TEXT, TCQ2_REGISTERS, [w, n], dtype=(tl.int32,) * 8, is_pure=True, pack=1
     )
-    return _arranged(_merge8(a, b, c, d, e, f, g, h), D // 16, FOR_SCORES)
+    return _arranged(_merge8(a, b, c, d, e, f, g, h), G, FOR_SCORES)
 
 
 @triton.jit
-def _tcq4_words(codes, rows, index, GROUPS: tl.constexpr, FOR_SCORES: tl.constexpr):
+def _tcq4(codes, rows, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, FOR_SCORES: tl.constexpr):
+    G: tl.constexpr = D // 8 // CHUNKS
+    index = CHUNK * G + tl.arange(0, G)
     w = _word(codes, rows, index)
-    n = _next_group(w, codes, rows, index, GROUPS)
+    n = _next_group(w, codes, rows, index, D // 8)
     a, b, c, d = tl.inline_asm_elementwise(
         TCQ4_TEXT, TCQ4_REGISTERS, [w, n], dtype=(tl.int32,) * 4, is_pure=True, pack=1
     )
-    return _arranged(_merge4(a, b, c, d), index.shape[0], FOR_SCORES)
+    return _arranged(_merge4(a, b, c, d), G, FOR_SCORES)
 
 
 @triton.jit
-def _tcq4(codes, rows, D: tl.constexpr, FOR_SCORES: tl.constexpr):
-    if D == 256:
-        index = tl.arange(0, 16)
-        first = _tcq4_words(codes, rows, index, 32, FOR_SCORES)
-        return _outer(first, _tcq4_words(codes, rows, 16 + index, 32, FOR_SCORES))
-    else:
-        return _tcq4_words(codes, rows, tl.arange(0, D // 8), D // 8, FOR_SCORES)
-
-
-@triton.jit
-def _tcq3(codes, rows, D: tl.constexpr, FOR_SCORES: tl.constexpr):
-    G: tl.constexpr = D // 32
-    index = tl.arange(0, G)
-    u, v, w = _word(codes, rows, index), _word(codes, rows, G + index), _word(codes, rows, 2 * G + index)
-    n = _next_group(u, codes, rows, index, G)
+def _tcq3(codes, rows, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, FOR_SCORES: tl.constexpr):
+    P: tl.constexpr = D // 32
+    G: tl.constexpr = P // CHUNKS
+    index = CHUNK * G + tl.arange(0, G)
+    u, v, w = _word(codes, rows, index), _word(codes, rows, P + index), _word(codes, rows, 2 * P + index)
+    n = _next_group(u, codes, rows, index, P)
     r0, r1, r2, r3, r4, r5, r6, r7, r8, r9, r10, r11, r12, r13, r14, r15 = tl.inline_asm_elementwise(
         TCQ3_TEXT, TCQ3_REGISTERS, [u, v, w, n], dtype=(tl.int32,) * 16, is_pure=True, pack=1
     )
@@ -183,12 +163,13 @@ def _tcq3(codes, rows, D: tl.constexpr, FOR_SCORES: tl.constexpr):
 
 
 @triton.jit
-def _tcq25(codes, rows, D: tl.constexpr, FOR_SCORES: tl.constexpr):
-    G: tl.constexpr = D // 64
-    index = tl.arange(0, G)
-    u, v, w = _word(codes, rows, index), _word(codes, rows, G + index), _word(codes, rows, 2 * G + index)
-    x, y = _word(codes, rows, 3 * G + index), _word(codes, rows, 4 * G + index)
-    n = _next_group(u, codes, rows, index, G)
+def _tcq25(codes, rows, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, FOR_SCORES: tl.constexpr):
+    P: tl.constexpr = D // 64
+    G: tl.constexpr = P // CHUNKS
+    index = CHUNK * G + tl.arange(0, G)
+    u, v, w = _word(codes, rows, index), _word(codes, rows, P + index), _word(codes, rows, 2 * P + index)
+    x, y = _word(codes, rows, 3 * P + index), _word(codes, rows, 4 * P + index)
+    n = _next_group(u, codes, rows, index, P)
     (
         r0, r1, r2, r3, r4, r5, r6, r7, r8, r9, r10, r11, r12, r13, r14, r15,
         r16, r17, r18, r19, r20, r21, r22, r23, r24, r25, r26, r27, r28, r29, r30, r31,
@@ -202,7 +183,7 @@ def _tcq25(codes, rows, D: tl.constexpr, FOR_SCORES: tl.constexpr):
 
 @triton.jit
 def _looked_up(codes, rows, dims, table, D: tl.constexpr, KIND: tl.constexpr):
-    """The plain twin: codes of the given dims [D], their levels from the table."""
+    """The plain twin: codes of the given dims, their levels from the table."""
     if KIND == "tq2" or KIND == "tq4":
         BITS: tl.constexpr = 2 if KIND == "tq2" else 4
         WIDTH: tl.constexpr = D * BITS // 8
@@ -230,21 +211,21 @@ def _looked_up(codes, rows, dims, table, D: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def _decoded(codes, rows, D: tl.constexpr, KIND: tl.constexpr, FOR_SCORES: tl.constexpr):
+def _decoded(codes, rows, D: tl.constexpr, KIND: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, FOR_SCORES: tl.constexpr):  # noqa: E501  # fmt: skip
     if KIND == "tq2":
-        return _tq2(codes, rows, D, FOR_SCORES)
+        return _tq2(codes, rows, D, CHUNK, CHUNKS, FOR_SCORES)
     elif KIND == "tq3":
-        return _tq3(codes, rows, D, FOR_SCORES)
+        return _tq3(codes, rows, D, CHUNK, CHUNKS, FOR_SCORES)
     elif KIND == "tq4":
-        return _tq4(codes, rows, D, FOR_SCORES)
+        return _tq4(codes, rows, D, CHUNK, CHUNKS, FOR_SCORES)
     elif KIND == "tcq2":
-        return _tcq2(codes, rows, D, FOR_SCORES)
+        return _tcq2(codes, rows, D, CHUNK, CHUNKS, FOR_SCORES)
     elif KIND == "tcq2.5":
-        return _tcq25(codes, rows, D, FOR_SCORES)
+        return _tcq25(codes, rows, D, CHUNK, CHUNKS, FOR_SCORES)
     elif KIND == "tcq3":
-        return _tcq3(codes, rows, D, FOR_SCORES)
+        return _tcq3(codes, rows, D, CHUNK, CHUNKS, FOR_SCORES)
     else:
-        return _tcq4(codes, rows, D, FOR_SCORES)
+        return _tcq4(codes, rows, D, CHUNK, CHUNKS, FOR_SCORES)
 
 
 @triton.jit
@@ -254,18 +235,23 @@ def row_order(n):
 
 
 @triton.jit
-def vectors(codes, rows, dims, table, D: tl.constexpr, KIND: tl.constexpr, FOR_SCORES: tl.constexpr, ASM: tl.constexpr):
-    """float16 [64, D]: the vectors of codes at byte offsets ``rows`` int64 [64] from ``codes``, without their scales.
+def vectors(
+    codes, rows, dims, table, D: tl.constexpr, KIND: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    FOR_SCORES: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """float16 [64, D / CHUNKS]: a chunk of the vectors at byte offsets ``rows`` int64 [64] from ``codes``, without
+    scales.
 
-    Row n holds vector ``row_order(n)``. ``dims`` int32 [D] are ``layout.column_dims``.
+    Row n holds vector ``row_order(n)``. ``dims`` int32 [D / CHUNKS] are the chunk's part of ``layout.column_dims``.
     """
     if ASM:
         # The compiler chooses a thread's run by what it knows of alignment; this makes it forget, then tells it.
         rows = tl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [rows], dtype=tl.int64, is_pure=True, pack=1)
-        VALUES: tl.constexpr = 64 if KIND == "tcq2.5" else (32 if KIND == "tcq3" else (8 if KIND == "tq4" or KIND == "tcq4" else 16))
-        RUN_BYTES: tl.constexpr = 4 * max(1, min(4, D // VALUES // 4))
+        four_bits: tl.constexpr = KIND == "tq4" or KIND == "tcq4"
+        VALUES: tl.constexpr = 64 if KIND == "tcq2.5" else (32 if KIND == "tcq3" else (8 if four_bits else 16))
+        RUN_BYTES: tl.constexpr = 4 * max(1, min(4, D // VALUES // CHUNKS // 4))
         rows = tl.multiple_of(rows, RUN_BYTES)
-        x = _decoded(codes, rows, D, KIND, FOR_SCORES)
+        x = _decoded(codes, rows, D, KIND, CHUNK, CHUNKS, FOR_SCORES)
     else:
         x = _looked_up(codes, rows, dims, table, D, KIND)
-    return tl.reshape(tl.permute(tl.reshape(x, (2, 4, 8, D)), (1, 0, 2, 3)), (64, D))
+    return tl.reshape(tl.permute(tl.reshape(x, (2, 4, 8, D // CHUNKS)), (1, 0, 2, 3)), (64, D // CHUNKS))

@@ -1,13 +1,15 @@
 """Triton: attention of one new token a sequence over exact windows and pages of codes, in four launches.
 
-``prepare`` turns the queries into the domain of the keys' codes; ``attend`` runs one program for each KV head and part of
-the context, all queries of the head together; ``merge`` sums the parts, ``finish`` turns what came from codes back and
-stores the new token in the windows. Lengths and page tables are read on the device and the grid depends on sizes that never
-change, so a CUDA graph may hold the launches. The reference is ``kv/decode.py``, with the same rule of windows.
+``prepare`` turns the queries into the domain of the keys' codes; ``attend`` runs one program for each KV head and
+part of the context, all queries of the head together; ``merge`` sums the parts, ``finish`` turns what came from codes
+back and
+stores the new token in the windows. Lengths and page tables are read on the device and the grid depends on sizes that
+never change, so a CUDA graph may hold the launches. The reference is ``kv/decode.py``, with the same rule of windows.
 
-Parts [0, splits) read pages, the rest the windows. A part leaves the running maximum and sum of its softmax, in units of
-log2, and its weighted values. Values' scales are folded into the weights, and the maximum is taken over the products: so
-the weights, in half precision, lie in [0, 1] and near 1 where it matters.
+Parts [0, splits) read pages, the rest the windows. A part leaves the running maximum and sum of its softmax, in units
+of log2, and its weighted values. Values' scales are folded into the weights, and the maximum is taken over the
+products:
+so the weights, in half precision, lie in [0, 1] and near 1 where it matters.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ def prepare(
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, ROTATED: tl.constexpr, HAS_MEAN: tl.constexpr,
     HAS_SPREAD: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * HEADS, 1 + blocks of 16 pages). The first column turns a query: float16 ``turned`` of largest magnitude 1,
-    and its factor. The others find its scores with the means of 16 pages each (``turns.page_scores``).
+    """Grid (B * HEADS, 1 + blocks of 16 pages). The first column turns a query: float16 ``turned`` of largest
+    magnitude 1, and its factor. The others find its scores with the means of 16 pages each (``turns.page_scores``).
 
     PAIRS channels turn with as many others; HALF is the power of two that holds them.
     """
@@ -87,13 +89,13 @@ def tiles_each(tiles, SPLITS: tl.constexpr):
 @triton.jit
 def _tile(
     codes, scales, first, seen, dims, table, D: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr,
-    FOR_SCORES: tl.constexpr, ASM: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, FOR_SCORES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """64 vectors of a plane from number ``first`` (int64) on, [64, D], without their scales (q8_0 has its own inside).
-
-    Row n is vector ``row_order(n)``, and ``seen`` [64] is in that order.
+    """A chunk of 64 vectors of a plane from number ``first`` (int64) on, [64, D / CHUNKS], without their scales (q8_0
+    has its own inside). Row n is vector ``row_order(n)``, and ``seen`` [64] is in that order.
     """
-    n, d = tl.arange(0, PAGE), tl.arange(0, D)
+    PART: tl.constexpr = D // CHUNKS
+    n, d = tl.arange(0, PAGE), CHUNK * PART + tl.arange(0, PART)
     at = first + row_order(n)
     if KIND == "bf16" or KIND == "f16" or KIND == "f32":
         x = tl.load(codes + at[:, None] * D + d[None, :], mask=seen[:, None], other=0.0)
@@ -101,11 +103,11 @@ def _tile(
         return x if ASM else x.to(tl.float32)
     elif KIND == "q8_0":
         x = tl.load(codes + at[:, None] * D + d[None, :]).to(tl.float16)
-        s = tl.load(scales + at[:, None] * (D // 32) + tl.arange(0, D // 32)[None, :], mask=seen[:, None], other=0.0)
-        x = tl.reshape(tl.reshape(x, (at.shape[0], D // 32, 32)) * s[:, :, None], (at.shape[0], D))
-        return x
+        block = CHUNK * (PART // 32) + tl.arange(0, PART // 32)
+        s = tl.load(scales + at[:, None] * (D // 32) + block[None, :], mask=seen[:, None], other=0.0)
+        return tl.reshape(tl.reshape(x, (at.shape[0], PART // 32, 32)) * s[:, :, None], (at.shape[0], PART))
     else:
-        return vectors(codes, (first + n) * WIDTH, dims, table, D, KIND, FOR_SCORES, ASM)
+        return vectors(codes, (first + n) * WIDTH, dims, table, D, KIND, CHUNK, CHUNKS, FOR_SCORES, ASM)
 
 
 @triton.jit
@@ -119,12 +121,21 @@ def _scales(scales, page, h, KV_HEADS: tl.constexpr, SCALED: tl.constexpr):
 
 
 @triton.jit
-def _fold(
-    top, total, far, scores, v, v_scale, SCALED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """One tile into a running softmax: scores [N, QUERIES] in log2 units, values [N, D]; far [D, QUERIES].
+def _scores(queries, k, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """float32 [64, QUERIES] of queries [QUERIES, part] and keys [64, part]."""
+    if EXACT:
+        # Queries first, too few of them for wgmma: handed a loaded tile, that reads beyond it (triton 3.6, sm_90).
+        return tl.trans(tl.dot(queries, tl.trans(k), input_precision=PRECISION))
+    else:
+        return tl.dot(k, tl.trans(queries))
 
-    ``total`` [N, QUERIES] is summed over its rows at the end: a sum between the warps in every tile costs two barriers.
+
+@triton.jit
+def _weigh(top, total, scores, v_scale, SCALED: tl.constexpr):
+    """One tile into a running softmax: scores [64, QUERIES] in log2 units to (top, total, shrink, weights).
+
+    ``total`` [64, QUERIES] is summed over its rows at the end: a sum between the warps in every tile costs two
+    barriers.
     """
     if SCALED:
         kept = tl.maximum(v_scale, SMALLEST_SCALE)
@@ -138,12 +149,17 @@ def _fold(
         weights = tl.where((v_scale > 0)[:, None], weights, 0.0)
     else:
         total = total * shrink[None, :] + weights
+    return new, total, shrink, weights
+
+
+@triton.jit
+def _mix(far, shrink, weights, v, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """far [part, QUERIES] of what came before, shrunk, and values [64, part] by their weights [64, QUERIES]."""
     far = far * shrink[None, :]
     if EXACT:
-        far += tl.trans(tl.dot(tl.trans(weights.to(v.dtype)), v, input_precision=PRECISION))
+        return far + tl.trans(tl.dot(tl.trans(weights.to(v.dtype)), v, input_precision=PRECISION))
     else:
-        far = tl.dot(tl.trans(v), weights.to(v.dtype), far)
-    return new, total, far
+        return tl.dot(tl.trans(v), weights.to(v.dtype), far)
 
 
 @triton.jit
@@ -156,13 +172,20 @@ def _offset(offsets, row, mine, tile, pages_per_slot, HAS_MEAN: tl.constexpr):
 
 
 @triton.jit
-def _leave(part_top, part_total, part_far, part, top, total, far, D: tl.constexpr):
-    """Store what a part has found: ``far`` [QUERIES, D], in its own order of columns, as a mean of values."""
+def _leave(part_top, part_total, part, top, total):
+    """Store the maximum and the sum of a part, [QUERIES] each."""
     q = tl.arange(0, QUERIES)
     tl.store(part_top + part * QUERIES + q, top)
     tl.store(part_total + part * QUERIES + q, total)
+
+
+@triton.jit
+def _leave_values(part_far, part, total, far, first, D: tl.constexpr):
+    """Store columns of a part's values from ``first`` on, ``far`` [QUERIES, some], as means."""
+    q = tl.arange(0, QUERIES)
     mean = far * (1.0 / tl.where(total > 0, total, 1.0))[:, None]
-    tl.store(part_far + part * QUERIES * D + q[:, None] * D + tl.arange(0, D)[None, :], mean.to(tl.float16))
+    at = part * QUERIES * D + q[:, None] * D + first + tl.arange(0, far.shape[1])[None, :]
+    tl.store(part_far + at, mean.to(tl.float16))
 
 
 @triton.jit
@@ -171,7 +194,7 @@ def _pages(
     v_table, part_top, part_total, part_far, split, part, b, h, pages_per_slot,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BEHIND: tl.constexpr,
     K_KIND: tl.constexpr, V_KIND: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, HAS_MEAN: tl.constexpr,
-    SPLITS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     coded = tl.load(starts + b) - BEHIND
     tiles = tl.cdiv(tl.maximum(coded, 0), PAGE)
@@ -183,19 +206,25 @@ def _pages(
         tl.store(part_total + part * QUERIES + q, tl.zeros((QUERIES,), tl.float32))
         return
     mine, row = q < GROUP, b * HEADS + h * GROUP + q
-    dims, n = tl.load(k_dims + tl.arange(0, D)), tl.arange(0, PAGE)
-    queries = tl.load(turned + row[:, None] * D + dims[None, :], mask=mine[:, None], other=0.0)
-    if K_KIND == "bf16" or K_KIND == "f16" or K_KIND == "f32":
-        queries = queries.to(k_codes.dtype.element_ty if ASM else tl.float32)
-    factor = tl.load(factors + row, mask=mine, other=0.0)
-    v_order = tl.load(v_dims + tl.arange(0, D))
+    PART: tl.constexpr = D // CHUNKS
+    part_of, n = tl.arange(0, PART), tl.arange(0, PAGE)
     V_EXACT: tl.constexpr = V_KIND == "bf16" or V_KIND == "f16" or V_KIND == "f32"
     K_EXACT: tl.constexpr = K_KIND == "bf16" or K_KIND == "f16" or K_KIND == "f32"
     V_SCALED: tl.constexpr = not V_EXACT and V_KIND != "q8_0"
     K_SCALED: tl.constexpr = not K_EXACT and K_KIND != "q8_0"
+    k_order, v_order = tl.load(k_dims + part_of), tl.load(v_dims + part_of)
+    queries = tl.load(turned + row[:, None] * D + k_order[None, :], mask=mine[:, None], other=0.0)
+    if K_EXACT:
+        queries = queries.to(k_codes.dtype.element_ty if ASM else tl.float32)
+    if CHUNKS == 2:
+        k_order_2, v_order_2 = tl.load(k_dims + PART + part_of), tl.load(v_dims + PART + part_of)
+        queries_2 = tl.load(turned + row[:, None] * D + k_order_2[None, :], mask=mine[:, None], other=0.0)
+        queries_2 = queries_2.to(queries.dtype)
+        far_2 = tl.zeros((PART, QUERIES), tl.float32)
+    factor = tl.load(factors + row, mask=mine, other=0.0)
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((PAGE, QUERIES), tl.float32)
-    far = tl.zeros((D, QUERIES), tl.float32)
+    far = tl.zeros((PART, QUERIES), tl.float32)
     row_of_table = pages + b * pages_per_slot
     # The compiler prefetches codes; what is too small for that would be waited for, so it comes a tile ahead.
     page = tl.load(row_of_table + first)
@@ -209,25 +238,46 @@ def _pages(
         next_v_scale = _scales(v_scales, next_page, h, KV_HEADS, V_SCALED)
         at = (tl.load(row_of_table + tile) * KV_HEADS + h) * PAGE
         seen = tile * PAGE + row_order(n) < coded
-        k = _tile(k_codes, k_scales, at, seen, dims, k_table, D, K_KIND, K_WIDTH, True, ASM)
-        if K_EXACT:
-            # Queries first, too few of them for wgmma: handed a loaded tile, that reads beyond it (triton 3.6, sm_90).
-            scores = tl.trans(tl.dot(queries, tl.trans(k), input_precision=PRECISION)) * factor[None, :]
-        else:
-            scores = tl.dot(k, tl.trans(queries)) * factor[None, :]
+        k = _tile(k_codes, k_scales, at, seen, k_order, k_table, D, K_KIND, K_WIDTH, 0, CHUNKS, True, ASM)
+        scores = _scores(queries, k, K_EXACT, PRECISION)
+        if CHUNKS == 2:
+            k = _tile(k_codes, k_scales, at, seen, k_order_2, k_table, D, K_KIND, K_WIDTH, 1, CHUNKS, True, ASM)
+            scores += _scores(queries_2, k, K_EXACT, PRECISION)
+        scores = scores * factor[None, :]
         if K_SCALED:
             scores = scores * k_scale.to(tl.float32)[:, None]
         scores = tl.where(seen[:, None], scores + offset[None, :], float("-inf"))
-        v = _tile(v_codes, v_scales, at, seen, v_order, v_table, D, V_KIND, V_WIDTH, False, ASM)
         # Rows that nobody has written yet may hold any scale, NaN too.
         sure = tl.where(seen, v_scale.to(tl.float32), 1.0)
-        top, total, far = _fold(top, total, far, scores, v, sure, V_SCALED, V_EXACT, PRECISION)
+        top, total, shrink, weights = _weigh(top, total, scores, sure, V_SCALED)
+        v = _tile(v_codes, v_scales, at, seen, v_order, v_table, D, V_KIND, V_WIDTH, 0, CHUNKS, False, ASM)
+        far = _mix(far, shrink, weights, v, V_EXACT, PRECISION)
+        if CHUNKS == 2:
+            v = _tile(v_codes, v_scales, at, seen, v_order_2, v_table, D, V_KIND, V_WIDTH, 1, CHUNKS, False, ASM)
+            far_2 = _mix(far_2, shrink, weights, v, V_EXACT, PRECISION)
         next_page, k_scale, v_scale, offset = page_after, next_k_scale, next_v_scale, next_offset
-    _leave(part_top, part_total, part_far, part, top, tl.sum(total, 0), tl.trans(far), D)
+    sum_of_weights = tl.sum(total, 0)
+    _leave(part_top, part_total, part, top, sum_of_weights)
+    _leave_values(part_far, part, sum_of_weights, tl.trans(far), 0, D)
+    if CHUNKS == 2:
+        _leave_values(part_far, part, sum_of_weights, tl.trans(far_2), PART, D)
 
 
 @triton.jit
-def _exact(sinks, ring, fresh, slot, b, h, index, seen, KV_HEADS: tl.constexpr, D: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr):
+def _exact(
+    sinks,
+    ring,
+    fresh,
+    slot,
+    b,
+    h,
+    index,
+    seen,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    SINK: tl.constexpr,
+    RECENT: tl.constexpr,
+):
     """Exact vectors [N, D] number ``index`` of sinks, ring and the new token, side by side; zeros where not seen."""
     head = slot * KV_HEADS + h
     row = tl.where(index < SINK, sinks + (head * SINK + index) * D, ring + (head * RECENT + index - SINK) * D)
@@ -260,7 +310,9 @@ def _windows(
     weights = tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
     v = _exact(v_sinks, v_ring, v_fresh, slot, b, h, index, seen, KV_HEADS, D, SINK, RECENT).to(queries.dtype)
     far = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-    _leave(part_top, part_total, part_far, part, top, tl.sum(weights, 1), far, D)
+    sum_of_weights = tl.sum(weights, 1)
+    _leave(part_top, part_total, part, top, sum_of_weights)
+    _leave_values(part_far, part, sum_of_weights, far, 0, D)
 
 
 @triton.jit
@@ -272,7 +324,7 @@ def attend(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SINK: tl.constexpr,
     RECENT: tl.constexpr, BEHIND: tl.constexpr, K_KIND: tl.constexpr, V_KIND: tl.constexpr, K_WIDTH: tl.constexpr,
     V_WIDTH: tl.constexpr, HAS_MEAN: tl.constexpr, SPLITS: tl.constexpr, WINDOWS: tl.constexpr,
-    STAGES: tl.constexpr, EARLY: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNKS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (SPLITS + WINDOWS, B * KV_HEADS). Positions below start - BEHIND + SINK ... are in pages; see ``Side``."""
     index, b, h = tl.program_id(0), tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
@@ -283,8 +335,8 @@ def attend(
         _pages(
             turned, factors, offsets, starts, slots, pages, k_codes, k_scales, k_dims, k_table, v_codes, v_scales,
             v_dims, v_table, part_top, part_total, part_far, index, part, b, h, pages_per_slot,
-            HEADS, KV_HEADS, GROUP, D, BEHIND, K_KIND, V_KIND, K_WIDTH, V_WIDTH, HAS_MEAN, SPLITS, STAGES,
-            ASM, PRECISION,
+            HEADS, KV_HEADS, GROUP, D, BEHIND, K_KIND, V_KIND, K_WIDTH, V_WIDTH, HAS_MEAN, SPLITS, CHUNKS,
+            STAGES, ASM, PRECISION,
         )  # fmt: skip
     else:
         _windows(
@@ -310,8 +362,8 @@ def merge(
 ):  # fmt: skip
     """Grid (B * HEADS, D / COLUMNS): the parts of a query head together.
 
-    sums [2, B * HEADS, D]: values from codes, in the order of their columns, and from windows; totals [2, B * HEADS]: the
-    sums of weights from codes, and of all.
+    sums [2, B * HEADS, D]: values from codes, in the order of their columns, and from windows; totals [2, B * HEADS]:
+    the sums of weights from codes, and of all.
     """
     if EARLY:
         gdc_wait()

@@ -10,7 +10,7 @@ import triton
 
 from turbomoe.kv.hadamard import random_signs
 from turbomoe.kv.kernels import QUERIES, decode
-from turbomoe.kv.kernels.layout import column_dims, table
+from turbomoe.kv.kernels.layout import chunks, column_dims, table
 from turbomoe.kv.layer import Side, Step
 from turbomoe.kv.pages import PAGE_TOKENS
 
@@ -27,26 +27,29 @@ def interpreted() -> bool:
 
 @functools.lru_cache(maxsize=8)
 def _processors(device: torch.device) -> int:
-    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+    return 4 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.lru_cache(maxsize=8)
 def _launches_early(device: torch.device) -> bool:
     """Whether a kernel may start while the one before it ends: from compute capability 9 on."""
-    return EARLY and torch.cuda.get_device_capability(device) >= (9, 0)
+    return bool(EARLY and torch.cuda.get_device_capability(device) >= (9, 0))
 
 
 @functools.lru_cache(maxsize=16)
 def _signs(head_dim: int, device: str) -> torch.Tensor:
     """The rotation's signs with its norm."""
-    return random_signs(head_dim, device) * head_dim**-0.5
+    signs: torch.Tensor = random_signs(head_dim, device) * head_dim**-0.5
+    return signs
 
 
 def attend_one(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keys: Side, values: Side, step: Step, scale: float,
     asm: bool = True,
 ) -> torch.Tensor:  # fmt: skip
-    """``decode.attend_one``: query [B, heads, 1, dim], key, value [B, kv_heads, 1, dim] to float32 [B, 1, heads, dim]."""
+    """``decode.attend_one``: query [B, heads, 1, dim], key, value [B, kv_heads, 1, dim] to float32 [B, 1, heads,
+    dim].
+    """
     batch, heads, _, dim = query.shape
     kv_heads = key.shape[1]
     key, value = (x.to(side.exact_dtype).contiguous() for x, side in ((key, keys), (value, values)))
@@ -69,7 +72,8 @@ def attend_one(
     out = torch.empty(batch, 1, heads, dim, dtype=torch.float32, device=device)
     signs = _signs(dim, str(device))
     shape = {"HEADS": heads, "GROUP": heads // kv_heads, "D": dim}
-    k, v = (_stored(side, dim, side is keys, str(device)) for side in (keys, values))
+    halves = chunks(dim, _kind(keys), _kind(values))
+    k, v = (_stored(side, dim, side is keys, halves, str(device)) for side in (keys, values))
     mean_k, mean_v = (signs if side.mean is None else side.mean for side in (keys, values))
     blocks = triton.cdiv(capacity, 16) if keys.mean is not None else 0
     pairs = 0 if keys.turns is None else keys.turns.shape[1] // 2
@@ -86,14 +90,15 @@ def attend_one(
         *v[:4], values.sinks, values.ring, value, tops, totals, far, scale, capacity, query.stride(0),
         query.stride(1), **shape, KV_HEADS=kv_heads, SINK=keys.sink, RECENT=keys.recent, BEHIND=behind,
         K_KIND=_kind(keys), V_KIND=_kind(values), K_WIDTH=_width(keys), V_WIDTH=_width(values),
-        HAS_MEAN=keys.mean is not None, SPLITS=splits, WINDOWS=windows, STAGES=STAGES, EARLY=early,
+        HAS_MEAN=keys.mean is not None, SPLITS=splits, WINDOWS=windows, CHUNKS=halves, STAGES=STAGES, EARLY=early,
         ASM=asm, PRECISION=precision, num_warps=WARPS, maxnreg=REGISTERS, launch_pdl=early,
     )  # fmt: skip
     sums = torch.empty(2, rows, dim, dtype=torch.float32, device=device)
     shares = torch.empty(2, rows, dtype=torch.float32, device=device)
     decode.merge[(rows, dim // COLUMNS)](
         sums, shares, tops, totals, far, step.starts, **shape, KV_HEADS=kv_heads, BEHIND=behind, SPLITS=splits,
-        WINDOWS=windows, PARTS=triton.next_power_of_2(splits + windows), WINDOW_ROWS=triton.next_power_of_2(windows + 1),
+        WINDOWS=windows, PARTS=triton.next_power_of_2(splits + windows),
+        WINDOW_ROWS=triton.next_power_of_2(windows + 1),
         EARLY=early, BLOCK=BLOCK, COLUMNS=COLUMNS, num_warps=4, launch_pdl=early,
     )  # fmt: skip
     decode.finish[(rows,)](
@@ -112,10 +117,10 @@ def _width(side: Side) -> int:
     return 0 if side.codec is None else side.codec.planes[0].nbytes
 
 
-def _stored(side: Side, dim: int, for_scores: bool, device: str) -> tuple[torch.Tensor, ...]:
+def _stored(side: Side, dim: int, for_scores: bool, halves: int, device: str) -> tuple[torch.Tensor, ...]:
     """(codes, scales, dims of the columns, table, columns of the dims): anything stands in for what a kind lacks."""
     name = _kind(side)
-    dims, columns = column_dims(name, dim, for_scores, device)
+    dims, columns = column_dims(name, dim, for_scores, halves, device)
     if side.codec is None:
         return side.ring, side.ring, dims, table(name, device), columns
     codes = side.planes[0]

@@ -60,30 +60,35 @@ def _group_dims(name: str, head_dim: int) -> torch.Tensor:
     return register // 2 * (head_dim // runs) + register % 2 + torch.tensor([0, 2])
 
 
+def chunks(head_dim: int, *names: str) -> int:
+    """In how many parts a vector is decoded, one after the other: halves of a long one take half the registers.
+
+    With groups of five words a half would have two of them, too few for four threads.
+    """
+    return 1 if "tcq2.5" in names else max(1, head_dim // 128)
+
+
 @functools.lru_cache(maxsize=64)
 def column_dims(
-    name: str, head_dim: int, for_scores: bool, device: str = "cpu"
+    name: str, head_dim: int, for_scores: bool, parts: int, device: str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Which dim stands in each column of ``codes.vectors``, and the column of each dim: int32 [head_dim] both.
 
     A column counts, from its lowest digit: for scores lane, thread, register of the thread; for sums lane, register in
-    a run of up to 8, thread, run; then the chunk of 16 groups.
+    a run of up to 8, thread, run; then the chunk, of ``parts``.
     """
     if name not in SCALAR_BITS and name not in TRELLISES:
         natural = torch.arange(head_dim, dtype=torch.int32, device=device)
         return natural, natural
     dims = _group_dims(name, head_dim)
     registers, groups = len(dims), head_dim // dims.numel()
-    chunks = max(1, groups // 16)
-    groups //= chunks
+    groups //= parts
     own = max(1, min(4, groups // 4))
     threads, each = groups // own, own * registers
     if for_scores:
-        shape = (chunks, each, threads, 2)
-        chunk, register, thread, lane = _digits(shape)
+        chunk, register, thread, lane = _digits(parts, each, threads, 2)
     else:
-        shape = (chunks, -(-each // 8), threads, min(8, each), 2)
-        chunk, run, thread, inside, lane = _digits(shape)
+        chunk, run, thread, inside, lane = _digits(parts, -(-each // 8), threads, min(8, each), 2)
         register = run * min(8, each) + inside
     group = chunk * groups + thread * own + register // registers
     step = dims.numel() if name in TRELLISES else 4
@@ -91,7 +96,7 @@ def column_dims(
     return found.to(device), found.argsort().int().to(device)
 
 
-def _digits(shape: tuple[int, ...]) -> list[torch.Tensor]:
+def _digits(*shape: int) -> list[torch.Tensor]:
     """The digits of 0, 1, 2 ... in this mixed radix, the highest first."""
     return [digit.flatten() for digit in torch.meshgrid(*map(torch.arange, shape), indexing="ij")]
 

@@ -1,0 +1,155 @@
+"""The Triton kernels of decoding, in Triton's interpreter: a part of what benchmarks/kv_kernel_matrix.py runs on a GPU.
+
+The interpreter cannot run the assembly, so its plain twin decodes here. That the assembly compiles for the GPUs that
+people have is tested too, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.kv.contract import Case, errors, filled, fresh, open_step
+from turbomoe.kv import decode
+from turbomoe.kv.kernels import decode_attention, unsupported
+from turbomoe.kv.trellis_codebook import TRELLISES, codebook
+
+pytest.importorskip("triton")
+
+CASES = [
+    Case(64, 4, 2, "tq2", "tcq2", (0, 1, 40, 150)),
+    Case(64, 16, 1, "tcq2.5", "tq3", (105, 7), turning_pairs=32),
+    Case(64, 3, 3, "tcq3", "tq4", (41, 130), means=False),
+    Case(128, 4, 1, "tcq4", "tcq2.5", (200, 50, 3), turning_pairs=0),
+    Case(128, 2, 2, "tq4", "tcq3", (129,), sink=0, recent=64),
+    Case(256, 8, 2, "tq3", "tcq4", (150,)),
+    Case(256, 4, 2, "tcq2", "tcq3", (107, 0)),
+    Case(64, 4, 2, "q8_0", "bf16", (150, 3)),
+    Case(64, 4, 2, "f16", "q8_0", (150,)),
+    Case(64, 4, 2, "bf16", "bf16", (0, 70), sink=0, recent=0),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.head_dim} {c.type_k} {c.type_v}")
+def test_the_error_is_at_most_twice_that_of_plain_pytorch(case: Case) -> None:
+    from turbomoe.kv.kernels.launch import attend_one
+
+    ours, plain = errors(case, attend_one, "cpu")
+    assert ours <= 2 * plain
+
+
+@pytest.mark.parametrize("lengths", [(0, 1, 8), (39, 40, 41), (100, 5)])
+def test_the_new_token_is_stored_as_the_reference_stores_it(lengths: tuple[int, ...]) -> None:
+    from turbomoe.kv.kernels.launch import attend_one
+
+    case = Case(64, 2, 2, "tq3", "tq3", lengths)
+    stored = []
+    for attend in (attend_one, decode.attend_one):
+        cache = filled(case, "cpu")
+        query, key, value = fresh(case, len(lengths), 1, torch.Generator().manual_seed(7), "cpu")
+        attend(query, key, value, *cache.attention[0], open_step(cache, list(range(len(lengths)))), 0.125)
+        stored.append([t for side in cache.attention[0] for t in (side.sinks, side.ring, *side.planes)])
+    for ours, reference in zip(*stored, strict=True):
+        assert torch.equal(ours.view(torch.uint8), reference.view(torch.uint8))
+
+
+def test_stale_rows_do_not_reach_the_result() -> None:
+    """Scales and exact values that belong to nobody may be NaN."""
+    from turbomoe.kv.kernels.launch import attend_one
+
+    case = Case(64, 4, 2, "tcq3", "tq2", (100,), means=False)
+    cache, dirty = filled(case, "cpu"), filled(case, "cpu")
+    for side in dirty.attention[0]:
+        coded, page = case.lengths[0] - case.sink - case.recent, int(dirty.pages.table[0, 0])
+        side.planes[1][page, :, coded:] = float("nan")
+        side.ring[1:] = side.sinks[1:] = float("nan")
+    query, key, value = fresh(case, 1, 1, torch.Generator().manual_seed(7), "cpu")
+    clean, found = (attend_one(query, key, value, *c.attention[0], open_step(c, [0]), 0.125) for c in (cache, dirty))
+    assert torch.equal(clean, found)
+
+
+def test_a_value_scale_of_zero_counts_in_the_sum_and_adds_nothing() -> None:
+    from turbomoe.kv.kernels.launch import attend_one
+
+    case = Case(64, 2, 2, "tq4", "tq4", (150,), means=False)
+    query, key, value = fresh(case, 1, 1, torch.Generator().manual_seed(7), "cpu")
+    found = []
+    for attend in (attend_one, decode.attend_one):
+        cache = filled(case, "cpu")
+        cache.attention[0][1].planes[1][:, :, ::3] = 0.0
+        found.append(attend(query, key, value, *cache.attention[0], open_step(cache, [0]), 0.125))
+    assert (found[0] - found[1]).norm() <= 2e-3 * found[1].norm()
+
+
+def test_the_kernels_say_what_they_do_not_run() -> None:
+    assert "80 values" in unsupported(80, 4)
+    assert "32 query heads" in unsupported(128, 32)
+    assert "float32" in unsupported(128, 4, torch.float32)
+    assert unsupported(256, 16) == unsupported(64, 1, torch.float16) == ""
+    assert decode_attention("cpu", 128, 4, torch.bfloat16) is decode.attend_one
+    assert decode_attention("cuda", 80, 4, torch.bfloat16) is decode.attend_one
+
+
+@pytest.mark.parametrize("name", TRELLISES)
+def test_halves_make_the_codebook(name: str) -> None:
+    """The assembly's arithmetic, operation by operation: every value comes out as the table has it."""
+    trellis, half = TRELLISES[name], 1 << TRELLISES[name].window_bits - 1
+    window = torch.arange(trellis.states, dtype=torch.float64)
+    for values, a, c in zip(codebook(trellis), trellis.multipliers, trellis.coefficients, strict=True):
+        h = 1024 + window
+        shift = 2051 + a - (1024 + half) * a // half
+        t = _half(h * (a / half) + shift)
+        u = _half(h * (a / half) + _half(shift - t))
+        powers, e = {1: u}, 1
+        while e < trellis.exponents[-1] - 1:
+            powers[2 * e], e = _half(powers[e] * powers[e]), 2 * e
+        total = torch.full_like(u, c[0])
+        for k in range(len(c) - 1, 0, -1):
+            total = _half(powers[trellis.exponents[k] - 1] * c[k] + total)
+        assert torch.equal(_half(total * u), values.double())
+
+
+def _half(x: torch.Tensor) -> torch.Tensor:
+    """Rounded to half precision once: float64 holds these products and sums exactly."""
+    return torch.tensor([struct.unpack("<e", struct.pack("<e", v))[0] for v in x.tolist()], dtype=torch.float64)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from turbomoe.kv.kernels import decode
+names = decode.attend.arg_names
+constants = dict(
+    HEADS=8, KV_HEADS=2, GROUP=4, D=128, SINK=64, RECENT=256, BEHIND=320, K_KIND="{k}", V_KIND="{v}", K_WIDTH=48,
+    V_WIDTH=32, HAS_MEAN=True, SPLITS=64, WINDOWS=6, CHUNKS=1, STAGES=2, EARLY=False, ASM=True, PRECISION="tf32",
+)
+halves = "turned k_scales v_scales k_table v_table part_far"
+floats = "factors offsets part_top part_total"
+kinds = dict(
+    starts="*i64", slots="*i64", pages="*i64", k_codes="*u8", v_codes="*u8", k_dims="*i32", v_dims="*i32",
+    scale="fp32", pages_per_slot="i32", query_stride_b="i32", query_stride_h="i32",
+    **dict.fromkeys(halves.split(), "*fp16"), **dict.fromkeys(floats.split(), "*fp32"),
+)
+signature = {{n: "constexpr" if n in constants else kinds.get(n, "*bf16") for n in names}}
+for capability in (80, 89, 90, 120):
+    source = ASTSource(fn=decode.attend, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={{"num_warps": 4}})
+    assert "fma.rn.f16x2" in compiled.asm["ptx"]
+print("compiled")
+"""
+
+
+@pytest.mark.parametrize(("k", "v"), [("tcq3", "tcq2"), ("tq3", "tcq2.5")])
+def test_the_assembly_compiles_for_gpus_from_ampere_to_blackwell(k: str, v: str, tmp_path: object) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE.format(k=k, v=v)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "compiled", done.stderr[-2000:]
