@@ -15,7 +15,7 @@ import pytest
 from tests.cli.tiny_chat import Done, Says, Turbomoe
 from turbomoe.cli import session
 from turbomoe.cli.answer import AnswerWriter
-from turbomoe.engine.session import KIND, VERSION
+from turbomoe.engine.session import KIND, VERSION, session_types
 from turbomoe.files.array_file import load_arrays, save_arrays
 
 GREEDY = ("--temp", "0")
@@ -216,6 +216,20 @@ def test_a_session_that_does_not_fit_is_refused_before_a_token(talk: Talk, says:
     done = talk("Two?")
     assert done.code == 1 and "damaged" in done.err and "delete this one to start anew" in done.err
     assert file.read_bytes() == before[:-1]
+
+
+def test_auto_takes_the_types_of_the_session(talk: Talk, says: Says, file: Path) -> None:
+    says("First.", "Second.", "Third.")
+    talk("One?", flags=("-ctk", "tq3", "-ctv", "tq2"))
+    done = talk("Two?", flags=("--json", "-ctk", "auto", "-ctv", "auto"))
+    (turn,) = answers(done)
+    assert (turn["kv_type_k"], turn["kv_type_v"]) == ("tq3", "tq2") and turn["reused_tokens"] > 0
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x00" * 64, b"{}", b"\xff" * 9])
+def test_types_are_not_read_from_what_is_no_session(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "x").write_bytes(damage)
+    assert session_types(tmp_path / "x") is None and session_types(tmp_path / "none") is None
 
 
 # Ctrl-C

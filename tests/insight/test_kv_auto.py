@@ -264,6 +264,11 @@ def test_a_type_that_the_heads_do_not_fit_is_skipped_with_the_reason(llama: Load
     assert not any("q8_0" in pair for pairs in checks for pair in pairs)
 
 
+def test_without_a_compiled_encoder_the_ladder_is_scalar(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_ladder, "load_core", lambda: None)
+    assert kv_ladder.ladder_of(model.layers).types == kv_ladder.SCALAR
+
+
 def test_heads_that_fit_eight_bits_alone_say_so(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = replace(model, layers=(AttentionShape(0, 2, 1, 96),))
     monkeypatch.setattr(kv_auto, "measure", lambda *rest: {ANCHOR: Measured(0.004, 100, 100)})

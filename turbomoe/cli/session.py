@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from turbomoe.config import AUTO
 from turbomoe.errors import SettingsError
 from turbomoe.files.atomic import WriteError
 from turbomoe.notices import Notice, board
@@ -28,13 +29,19 @@ def add_session(parser: argparse.ArgumentParser) -> None:
 
 
 def session_file(args: argparse.Namespace) -> SessionFile | None:
-    """The session that ``args`` ask for, if any; refused before a model is loaded where that can be known."""
+    """The session that ``args`` ask for, if any; refused before a model is loaded where that can be known.
+
+    Where ``args`` leave KV types to ``auto``, the session's own are put in their place.
+    """
     if args.session is None:
         return None
-    from turbomoe.engine.session import check_replaceable
+    from turbomoe.engine.session import check_replaceable, session_types
 
     check_replaceable(args.session)
     check_folder(args.session)
+    for name, own in zip(("cache_type_k", "cache_type_v"), session_types(args.session) or (), strict=False):
+        if getattr(args, name) == AUTO:
+            setattr(args, name, own)
     return SessionFile(args.session)
 
 

@@ -17,8 +17,18 @@ from turbomoe.engine.engine import Engine
 from turbomoe.engine.session_arrays import numpy_type, to_numpy, to_tensor
 from turbomoe.engine.session_header import check_memory, check_origin, make_header, read_tokens, read_transcript
 from turbomoe.errors import RequestError
-from turbomoe.files.array_file import Array, ArrayFile, LateArray, RecordError, kind_of, open_arrays, save_arrays
+from turbomoe.files.array_file import (
+    Array,
+    ArrayFile,
+    LateArray,
+    RecordError,
+    claimed_header,
+    kind_of,
+    open_arrays,
+    save_arrays,
+)
 from turbomoe.files.atomic import sweep_orphans
+from turbomoe.kv.codecs import CODECS
 from turbomoe.kv.snapshot import Part, nbytes, parts, restore
 
 KIND, VERSION = "turbomoe-session", 1
@@ -63,6 +73,15 @@ def load_session(engine: Engine, into: Conversation | int, path: str | PathLike[
     except RecordError as error:
         about = "" if error.what.startswith("Cannot ") else f"Cannot use {fspath(path)} as session: "
         raise RecordError(about + error.what, fix=error.fix or ANEW) from error
+
+
+def session_types(path: str | PathLike[str]) -> tuple[str, str] | None:
+    """The KV types that a session says it was saved under, before any of it is checked; None if it says none."""
+    origin = claimed_header(path).get("depends_on") if kind_of(path) == KIND else None
+    types = origin.get("types") if isinstance(origin, dict) else None
+    if isinstance(types, list) and len(types) == 2 and all(isinstance(name, str) and name in CODECS for name in types):
+        return types[0], types[1]
+    return None
 
 
 def session_nbytes(engine: Engine, of: Conversation) -> int:

@@ -116,13 +116,26 @@ def open_arrays(path: str | PathLike[str], kind: str, version: int, largest: int
 
 def kind_of(path: str | PathLike[str]) -> str:
     """The kind that the head of a file claims, also of one that is cut or damaged further on; "" for other files."""
+    return str(_claims(path).get("format", ""))
+
+
+def claimed_header(path: str | PathLike[str]) -> dict[str, Any]:
+    """The header that a file claims, unchecked (``open_arrays`` checks): for what must be known early. Else empty."""
+    with suppress(ValueError, TypeError, RecursionError):
+        header = json.loads(_claims(path).get("header", "{}"))
+        return header if isinstance(header, dict) else {}
+    return {}
+
+
+def _claims(path: str | PathLike[str]) -> dict[str, Any]:
     if not Path(path).is_file():  # opening a pipe would wait forever
-        return ""
+        return {}
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError), open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size <= LARGEST_HEAD:
-            return str(json.loads(file.read(size))["__metadata__"]["format"])
-    return ""
+            found = json.loads(file.read(size))["__metadata__"]
+            return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _entry(array: Any) -> tuple[str, tuple[int, ...]]:

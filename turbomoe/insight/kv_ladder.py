@@ -8,9 +8,10 @@ from typing import Protocol
 
 from turbomoe.config import AUTO, EngineSettings, KVSettings
 from turbomoe.errors import SettingsError
-from turbomoe.insight.kv_search import EXACT, LADDER
+from turbomoe.insight.kv_search import EXACT, LADDER, SCALAR
 from turbomoe.kv.codecs import make_codec
 from turbomoe.kv.shape import AttentionShape, LayerShape
+from turbomoe.native.library import load_core
 
 
 class Facts(Protocol):
@@ -63,14 +64,15 @@ def nothing_to_gain(facts: Facts, settings: EngineSettings) -> str:
 
 def ladder_of(layers: Sequence[LayerShape]) -> Ladder:
     """Which types of the ladder this model's heads fit."""
+    names = SCALAR if load_core() is None else LADDER
     skipped: dict[str, str] = {}
-    for name in LADDER:
+    for name in names:
         for size in sorted({shape.head_dim for shape in _full(layers)}):
             try:
                 make_codec(name, size)
             except SettingsError as error:
                 skipped[name] = f"{error.what}: {error.why}" if error.why else error.what
-    return Ladder(tuple(name for name in LADDER if name not in skipped), skipped)
+    return Ladder(tuple(name for name in names if name not in skipped), skipped)
 
 
 def filled(kv: KVSettings, key: str, value: str) -> KVSettings:

@@ -16,6 +16,7 @@ from turbomoe.config import AUTO
 
 # Widest first. The registry of codecs has more; these are what nobody would want to replace by another at equal bits.
 LADDER = ("q8_0", "tcq4", "tcq3", "tcq2.5", "tcq2")
+SCALAR = ("q8_0", "tq4", "tq3", "tq2")  # where there is no compiled encoder: by PyTorch a trellis takes far longer
 EXACT = "bf16"
 ANCHOR = ("q8_0", "q8_0")
 BUDGET = 0.02  # nats a token: room for about 3 bits on the models that bear them (docs/kv-quality.md)

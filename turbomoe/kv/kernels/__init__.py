@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
 from turbomoe.kv.decode import attend_one as reference
+from turbomoe.notices import Notice, board
 
 QUERIES = 16  # of a KV head: what one product takes
 HEAD_SIZES = (64, 128, 256)
@@ -24,9 +26,13 @@ def unsupported(head_dim: int, group: int, dtype: torch.dtype = torch.bfloat16) 
     return ""
 
 
+@cache
 def decode_attention(device: str, head_dim: int, group: int, dtype: torch.dtype) -> Attend:
     """Attention of one new token a sequence for layers of this shape, on this type of device, in this precision."""
-    if device != "cuda" or unsupported(head_dim, group, dtype):
+    if device != "cuda":
+        return reference
+    if why := unsupported(head_dim, group, dtype):
+        board.post(Notice("this model's attention runs without its GPU kernel", why, "decoding takes longer"))
         return reference
     from turbomoe.kv.kernels.launch import attend_one
 
