@@ -158,7 +158,7 @@ def parts_of(length: int) -> list[Part]:
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_short_run_on_the_cpu_learns_and_reports(tmp_path: Path, dense: bool) -> None:
-    options = SimpleNamespace(out=tmp_path, tiny=True, dense=dense, minutes=5.0, steps=4, batch=4, rate=3e-2)
+    options = SimpleNamespace(out=tmp_path, tiny=True, dense=dense, minutes=600.0, steps=4, batch=4, rate=3e-2)
     trainer = build(options, torch.device("cpu"), parts_of(TINY.context * 6))
     trainer.run()
     report = facts(trainer, trainer.speed()) | trainer.evaluation.report()
