@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from turbomoe.config import EngineSettings, KVSettings
 from turbomoe.hardware.memory import MemoryUse
-from turbomoe.kv.attention import TILE_PAGES, query_block
+from turbomoe.kv.attention import query_block
+from turbomoe.kv.prefill import TILE_PAGES
 from turbomoe.kv.cache import KVCache
 from turbomoe.kv.pages import PAGE_TOKENS
 from turbomoe.models.base import Forecast

@@ -8,6 +8,8 @@ from functools import cache
 import torch
 
 from turbomoe.kv.decode import attend_one as reference
+from turbomoe.kv.layer import Side
+from turbomoe.kv.prefill import attend_block as prefill_reference
 from turbomoe.notices import Notice, board
 
 QUERIES = 16  # of a KV head: what one product takes
@@ -37,3 +39,17 @@ def decode_attention(device: str, head_dim: int, group: int, dtype: torch.dtype)
     from turbomoe.kv.kernels.launch import attend_one
 
     return attend_one
+
+
+def prefill_attention(query: torch.Tensor, keys: Side, values: Side) -> Attend:
+    """Attention of a block of new tokens for this layer, whose queries [B, heads, n, head_dim] look like these.
+
+    Keys or values in float32, which nobody needs under a model in half precision, stay with the reference.
+    """
+    group = query.shape[1] // keys.sinks.shape[1]
+    wide = torch.float32 in (keys.exact_dtype, values.exact_dtype)
+    if query.device.type != "cuda" or wide or unsupported(query.shape[-1], group, query.dtype):
+        return prefill_reference
+    from turbomoe.kv.kernels.prefill_launch import attend_block
+
+    return attend_block

@@ -1,0 +1,226 @@
+"""Attention of a block of new tokens on a GPU: what ``kv/prefill.py`` computes, by the kernels of ``prefill.py``.
+
+Beside the cache it needs a few tensors of the block's size and a slab of decoded pages, whatever the length of the
+context: where many programs would each decode the same pages, a slab is decoded first and then read by all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from turbomoe.kv.kernels import prefill
+from turbomoe.kv.kernels.launch import _kind, _processors, _stored, _width, interpreted
+from turbomoe.kv.layer import Side, Step
+from turbomoe.kv.pages import PAGE_TOKENS, pages_for
+
+LOG2E = 1.4426950408889634
+ROWS, WARPS, STAGES = 128, 8, 2
+CHANNELS = 32  # ``prefill.CHANNELS``
+SPLIT_PAGES = 8  # a part has at least as many
+SLAB_BLOCKS = 4  # blocks of ROWS that have to share a slab for it to be worth its stores
+SLAB_BYTES = 32 << 20  # of keys and values together
+EXACT_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16"}
+TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What programs leave: tops and totals of the softmax [P, B * kv_heads, rows], means of values ``far`` [..., dim]."""
+
+    tops: torch.Tensor
+    totals: torch.Tensor
+    far: torch.Tensor
+
+    @classmethod
+    def empty(cls, parts: int, heads: int, rows: int, dim: int, device: torch.device) -> Parts:
+        """Float32, all of them."""
+        tops, totals = torch.empty(2, parts, heads, rows, dtype=torch.float32, device=device)
+        return cls(tops, totals, torch.empty(parts, heads, rows, dim, dtype=torch.float32, device=device))
+
+    def among(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Parts [first, last)."""
+        return self.tops[first:last], self.totals[first:last], self.far[first:last]
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Where the coded kernel reads one side: its kind, bytes a code, and (codes, scales, dims, table)."""
+
+    kind: str
+    width: int
+    stored: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, side: Side) -> Pages:
+        """The pages of the cache."""
+        dim, device = side.ring.shape[-1], str(side.ring.device)
+        return cls(_kind(side), _width(side), _stored(side, dim, False, device)[:4])
+
+    def slab(self, batch: int, pages: int, kv_heads: int, dim: int) -> Pages:
+        """Room for decoded pages [B, pages, kv_heads, PAGE_TOKENS, dim], their dims ordered as ``expand`` leaves them."""
+        kind = self.kind if self.kind in EXACT_NAMES.values() else "f16"
+        dtype = torch.bfloat16 if kind == "bf16" else torch.float16
+        codes = torch.empty(batch, pages, kv_heads, PAGE_TOKENS, dim, dtype=dtype, device=self.stored[0].device)
+        return Pages(kind, dim, (codes, codes, *self.stored[2:]))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries q [B, kv_heads, rows, dim] of the chunk's positions ``first`` and on, row r of position r // group."""
+
+    q: torch.Tensor
+    first: int
+    group: int
+    scale: float
+    model: torch.dtype
+    asm: bool
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[0] * self.q.shape[1]
+
+    @property
+    def rows(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def blocks(self) -> int:
+        return triton.cdiv(self.rows, ROWS)
+
+    def options(self, k_as: torch.dtype, v_as: torch.dtype) -> dict[str, object]:
+        """What both kernels are told."""
+        shape = {"KV_HEADS": self.q.shape[1], "GROUP": self.group, "D": self.q.shape[-1], "ROWS": ROWS}
+        types = {"K_AS": TYPES[k_as], "V_AS": TYPES[v_as], "PRECISION": "tf32" if self.asm else "ieee"}
+        return {**shape, **types, "STAGES": STAGES, "num_warps": WARPS}
+
+
+def attend_block(
+    query: torch.Tensor, first: int, exact_k: torch.Tensor, exact_v: torch.Tensor, keys: Side, values: Side,
+    step: Step, scale: float, asm: bool = True,
+) -> torch.Tensor:  # fmt: skip
+    """``prefill.attend_block``: query [B, heads, n, dim], exact_k, exact_v [B, kv_heads, recent + S, dim].
+
+    Float32 [B, n, heads, dim].
+    """
+    batch, heads, count, dim = query.shape
+    kv_heads, window = exact_k.shape[1:3]
+    group = heads // kv_heads
+    q = query.reshape(batch, kv_heads, group, count, dim).transpose(2, 3).reshape(batch, kv_heads, -1, dim).contiguous()
+    block = Block(q, first, group, scale, query.dtype, asm and not interpreted())
+    reach = step.reach - step.count + first + count - 1 - keys.sink - keys.recent
+    pages = 0 if keys.codec is None else pages_for(reach)
+    splits = _splits(pages, block)
+    parts = Parts.empty(splits + 1, block.heads, block.rows, dim, query.device)
+    prefill.exact[(block.blocks, block.heads)](
+        q, step.starts, step.slots, keys.sinks, values.sinks, exact_k.contiguous(), exact_v.contiguous(),
+        *parts.among(splits, splits + 1), scale * LOG2E, first, block.rows, window, SINK=keys.sink,
+        RECENT=keys.recent, **block.options(*(_product_type(EXACT_NAMES[x.dtype], block) for x in (exact_k, exact_v))),
+    )  # fmt: skip
+    if splits:
+        _attend_pages(block, parts, keys, values, step, pages)
+    out = _merged(parts, values).reshape(batch, kv_heads, count, group, dim)
+    return out.transpose(1, 2).reshape(batch, count, heads, dim)
+
+
+def _product_type(kind: str, block: Block) -> torch.dtype:
+    """Of products with what is stored in this kind: float16 wherever something is float16, for its steps are finer.
+
+    The interpreter's products of bf16 are wrong: there what is exact is float32.
+    """
+    if kind not in EXACT_NAMES.values():
+        return torch.float16
+    if not block.asm:
+        return torch.float32
+    return torch.bfloat16 if kind == "bf16" and block.model == torch.bfloat16 else torch.float16
+
+
+def _splits(pages: int, block: Block) -> int:
+    """Parts into which the pages are cut, so that few queries too keep every processor busy; 0 without pages."""
+    programs = block.blocks * block.heads
+    return 0 if pages == 0 else max(1, min(pages // SPLIT_PAGES, _processors(block.q.device) // programs))
+
+
+def _attend_pages(block: Block, parts: Parts, keys: Side, values: Side, step: Step, pages: int) -> None:
+    """Fill all parts but the last, from the cache's pages or slab by slab."""
+    k, v = Pages.of(keys), Pages.of(values)
+    inputs = _queries(block, keys, k)
+    exact = k.kind in EXACT_NAMES.values() and v.kind in EXACT_NAMES.values()
+    if exact or block.blocks < SLAB_BLOCKS:
+        _launch(block, parts, inputs, k, v, step, step.pages, 0)
+        return
+    batch, kv_heads, _, dim = block.q.shape
+    size = min(pages, max(16, SLAB_BYTES // (4 * block.heads * PAGE_TOKENS * dim) // 16 * 16))
+    slabs = [side.slab(batch, size, kv_heads, dim) for side in (k, v)]
+    table = torch.arange(batch * size, device=block.q.device).view(batch, size)
+    for origin in range(0, pages, size):
+        for side, slab in zip((k, v), slabs, strict=True):
+            prefill.expand[(size, block.heads)](
+                step.pages, *side.stored, slab.stored[0], origin, step.pages.shape[1], KV_HEADS=kv_heads, D=dim,
+                KIND=side.kind, WIDTH=side.width, ASM=block.asm, num_warps=4,
+            )  # fmt: skip
+        _launch(block, parts, inputs, *slabs, step, table, origin)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Queries as keys' codes want them, and what their means need; see ``prefill.coded``."""
+
+    q: torch.Tensor
+    pairs: torch.Tensor
+    still: torch.Tensor
+    turns: torch.Tensor
+    has_mean: bool
+    behind: int
+
+
+def _queries(block: Block, keys: Side, k: Pages) -> Inputs:
+    q = keys.rotate(keys.spread(block.q.float())) if keys.rotated else block.q
+    q = q.to(_product_type(k.kind, block))[..., k.stored[2]]
+    behind = keys.sink + keys.recent
+    if keys.mean is None:
+        return Inputs(q, q, q, q, False, behind)
+    assert keys.turns is not None
+    r = keys.turns.shape[-1] // 2
+    plain, mean = block.q.float() * (block.scale * LOG2E), keys.mean[:, None, :]
+    still = (plain[..., 2 * r :] * mean[..., 2 * r :]).sum(-1)
+    (a, b), (qa, qb) = ((x[..., :r], x[..., r : 2 * r]) for x in (mean, plain))
+    pairs = torch.cat((qa * a + qb * b, qb * a - qa * b), -1)
+    pairs = torch.nn.functional.pad(pairs, (0, -2 * r % CHANNELS)).contiguous()
+    return Inputs(q, pairs, still, keys.turns, True, behind)
+
+
+def _launch(
+    block: Block, parts: Parts, inputs: Inputs, k: Pages, v: Pages, step: Step, table: torch.Tensor, origin: int
+) -> None:
+    """Fill the parts from pages ``origin`` and on, as many as ``table`` [B, pages] has; later calls go on from earlier."""
+    splits = len(parts.tops) - 1
+    prefill.coded[(block.blocks, splits, block.heads)](
+        inputs.q, inputs.pairs, inputs.still, step.starts, table, inputs.turns, *k.stored, *v.stored,
+        *parts.among(0, splits), block.scale * LOG2E, block.first, block.rows, origin, table.shape[1],
+        len(inputs.turns), BEHIND=inputs.behind, K_KIND=k.kind, V_KIND=v.kind, K_WIDTH=k.width, V_WIDTH=v.width,
+        HAS_MEAN=inputs.has_mean, WIDTH=inputs.pairs.shape[-1], TURNS=inputs.turns.shape[-1], CARRY=origin > 0,
+        ASM=block.asm, **block.options(*(_product_type(side.kind, block) for side in (k, v))),
+    )  # fmt: skip
+
+
+def _merged(parts: Parts, values: Side) -> torch.Tensor:
+    """One softmax of all parts, what came from pages turned back: float32 [B * kv_heads, rows, dim]."""
+    weights = torch.exp2(parts.tops - parts.tops.amax(0)).mul_(parts.totals)
+    weights /= weights.sum(0)
+    out = parts.far[-1].mul_(weights[-1, ..., None])
+    if len(weights) == 1:
+        return out
+    pages = parts.far[0].mul_(weights[0, ..., None])
+    for weight, far in zip(weights[1:-1], parts.far[1:-1], strict=True):
+        pages.addcmul_(far, weight[..., None])
+    pages = pages[..., _stored(values, out.shape[-1], False, str(out.device))[-1]]
+    if values.rotated:
+        pages = values.unrotate(pages)
+    if values.mean is not None:
+        mean = values.mean.repeat(len(out) // len(values.mean), 1)[:, None]
+        pages = pages.addcmul(weights[:-1].sum(0)[..., None], mean)
+    return out.add_(pages)
