@@ -39,8 +39,8 @@ class Case:
         return AttentionShape(0, self.heads, self.kv_heads, self.head_dim)
 
 
-def filled(case: Case, device: str) -> KVCache:
-    """A cache that holds random sequences of the case's lengths: every bit pattern is a valid code."""
+def filled(case: Case, device: str, room: int = 1) -> KVCache:
+    """A cache that holds random sequences of the case's lengths, with room for more: any bit pattern is a valid code."""
     random = torch.Generator().manual_seed(case.seed)
     means = None
     if case.means:
@@ -48,10 +48,10 @@ def filled(case: Case, device: str) -> KVCache:
         turning = 0.8 ** torch.arange(case.turning_pairs)
         means = KVMeans({0: keys}, {0: values}, "x", {0: (scales / 4).exp()}, turning)
     settings = KVSettings(case.type_k, case.type_v, case.sink, case.recent)
-    cache = KVCache([case.shape], settings, slots=len(case.lengths) + 1, ctx_size=max(case.lengths) + 8,
+    cache = KVCache([case.shape], settings, slots=len(case.lengths) + 1, ctx_size=max(case.lengths) + 7 + room,
                     dtype=case.dtype, device=device, means=means)  # fmt: skip
     for slot, length in enumerate(case.lengths):
-        cache.reserve(slot, length + 1)
+        cache.reserve(slot, length + room)
         cache.host_lengths[slot] = length
         cache.lengths[slot] = length
     for side in cache.attention[0]:

@@ -6,13 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from tests.kv.contract import Case, _random, _relative, fresh, softmax_attention
-from turbomoe.config import KVSettings
+from tests.kv.contract import Case, _relative, _whole, filled, fresh, softmax_attention
 from turbomoe.kv.attention import query_block
-from turbomoe.kv.cache import KVCache
 from turbomoe.kv.layer import Side, Step
-from turbomoe.kv.means import KVMeans
-from turbomoe.kv.turns import turn
 
 
 @dataclass(frozen=True)
@@ -21,28 +17,6 @@ class Chunk(Case):
 
     count: int = 70
     looked_at: int = 5
-
-
-def filled(chunk: Chunk, device: str) -> KVCache:
-    """A cache that holds random sequences of the chunk's lengths, with room for it; every bit pattern is a valid code."""
-    random = torch.Generator().manual_seed(chunk.seed)
-    settings = KVSettings(chunk.type_k, chunk.type_v, chunk.sink, chunk.recent)
-    cache = KVCache([chunk.shape], settings, slots=len(chunk.lengths) + 1, ctx_size=max(chunk.lengths) + chunk.count,
-                    dtype=chunk.dtype, device=device, means=_means(chunk, random) if chunk.means else None)  # fmt: skip
-    for slot, length in reversed(list(enumerate(chunk.lengths))):  # so that slots and pages are in no order
-        cache.reserve(slot, length + chunk.count)
-        cache.host_lengths[slot] = length
-        cache.lengths[slot] = length
-    for side in cache.attention[0]:
-        for stored in (side.sinks, side.ring, *side.planes):
-            stored.copy_(_random(stored, random))
-    return cache
-
-
-def _means(chunk: Chunk, random: torch.Generator) -> KVMeans:
-    keys, values, scales = (torch.randn(chunk.kv_heads, chunk.head_dim, generator=random) for _ in range(3))
-    turned = 0.8 ** torch.arange(3 * chunk.head_dim // 8)
-    return KVMeans({0: keys}, {0: values}, "test", {0: (scales / 4).exp()}, turned)
 
 
 def seen(side: Side, exact: torch.Tensor, step: Step, row: int, t: int) -> torch.Tensor:
@@ -54,7 +28,9 @@ def seen(side: Side, exact: torch.Tensor, step: Step, row: int, t: int) -> torch
     parts = [side.sinks[slot][:, : min(t + 1, side.sink)].double()]
     coded = max(0, t - side.sink - side.recent)
     if coded and side.codec is not None:
-        one = Step(step.slots[row : row + 1], step.starts[row : row + 1], step.pages[row : row + 1], 1, start, start + 1)
+        one = Step(
+            step.slots[row : row + 1], step.starts[row : row + 1], step.pages[row : row + 1], 1, start, start + 1
+        )
         parts.append(_decoded(side, one, coded))
     positions = torch.arange(min(t + 1, max(side.sink, t - side.recent)), t + 1, device=exact.device)
     parts.append(exact[row][:, positions - start + side.recent].double())
@@ -63,14 +39,7 @@ def seen(side: Side, exact: torch.Tensor, step: Step, row: int, t: int) -> torch
 
 def _decoded(side: Side, step: Step, count: int) -> torch.Tensor:
     codes = side.decode(step, 0, -(-count // 64))[0][:, :count]
-    codes = side.unrotate(codes) if side.rotated else codes
-    codes = codes if side.scale is None else codes * side.scale[:, None]
-    if side.mean is None:
-        return codes.double()
-    mean = side.mean[:, None].expand_as(codes)
-    if side.turns is not None:
-        mean = turn(mean, side.turns.repeat_interleave(64, 0)[:count])
-    return codes.double() + mean.double()
+    return _whole(side, side.unrotate(codes) if side.rotated else codes).double()
 
 
 def stored_and_attended(query, key, value, keys: Side, values: Side, step: Step, scale: float, attend_block):
@@ -82,13 +51,16 @@ def stored_and_attended(query, key, value, keys: Side, values: Side, step: Step,
         side.store(exact[:, :, : step.count], step)
         side.keep_recent(new, step)
     size = query_block(query.device.type)
-    blocks = [attend_block(query[:, :, i : i + size], i, *exacts, keys, values, step, scale) for i in range(0, step.count, size)]
+    blocks = [
+        attend_block(query[:, :, i : i + size], i, *exacts, keys, values, step, scale)
+        for i in range(0, step.count, size)
+    ]
     return torch.cat(blocks, 1), *exacts
 
 
 def errors(chunk: Chunk, attend_block, device: str) -> tuple[float, float]:
     """(kernel's, PyTorch's): the error relative to the oracle's norm, over some queries of all sequences."""
-    cache = filled(chunk, device)
+    cache = filled(chunk, device, chunk.count)
     batch, scale = len(chunk.lengths), chunk.head_dim**-0.5
     query, key, value = fresh(chunk, batch, chunk.count, torch.Generator().manual_seed(chunk.seed + 1), device)
     key, value = key[:, : chunk.kv_heads], value[:, : chunk.kv_heads]

@@ -7,9 +7,9 @@ from dataclasses import replace
 from turbomoe.config import EngineSettings, KVSettings
 from turbomoe.hardware.memory import MemoryUse
 from turbomoe.kv.attention import query_block
-from turbomoe.kv.prefill import TILE_PAGES
 from turbomoe.kv.cache import KVCache
 from turbomoe.kv.pages import PAGE_TOKENS
+from turbomoe.kv.prefill import TILE_PAGES
 from turbomoe.models.base import Forecast
 from turbomoe.notices import Notice, board
 

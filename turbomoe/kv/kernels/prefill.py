@@ -1,9 +1,9 @@
 """Triton: attention of a block of new tokens over pages of codes and over exact vectors, in one pass each.
 
-A program takes ROWS queries of one KV head: row r of them is query head r % GROUP of the position r // GROUP after the
-first. ``coded`` runs over pages, or over a part of them where few queries would leave processors idle; ``exact`` over the
-sinks and the window. Each leaves the maximum and sum of its softmax, in units of log2, and its weighted mean of values;
-PyTorch merges them (``prefill_launch.py``). A page is decoded in registers by each program that reads it, or once for all
+A program takes ROWS queries of one KV head: row r of them is query head r % GROUP of the position r // GROUP after
+the first. ``coded`` runs over pages, or over a part of them where few queries would leave processors idle; ``exact``
+over the sinks and the window. Each leaves the maximum and sum of its softmax, in units of log2, and its weighted mean of
+values; PyTorch merges them (``prefill_launch.py``). A page is decoded in registers by each program that reads it, or once for all
 programs by ``expand``, into a slab of bounded size. The reference is ``kv/prefill.py``, with the same rule of windows.
 """
 
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from turbomoe.kv.kernels.codes import row_order
-from turbomoe.kv.kernels.decode import LOG2E, PAGE, _scales, _tile, tiles_each
+from turbomoe.kv.kernels.decode import PAGE, _scales, _tile, tiles_each
 
 PAGES = tl.constexpr(16)  # whose means meet the queries in one product
 CHANNELS = tl.constexpr(32)  # of it at a time
@@ -129,7 +129,7 @@ def coded(
         for masked in tl.static_range(2):
             fro = tl.minimum(tl.maximum(begin, whole), last) if masked else begin
             to = last if masked else tl.minimum(whole, last)
-            # The compiler prefetches codes; scales are too small for that and would be waited for: they come a tile ahead.
+            # The compiler prefetches codes; scales are too small for that and would be waited for, so they come earlier.
             page = tl.load(table + tl.minimum(fro, last - 1))
             next_page = tl.load(table + tl.minimum(fro + 1, last - 1))
             k_scale = _scales(k_scales, page, h, KV_HEADS, K_SCALED)

@@ -6,14 +6,16 @@ context: where many programs would each decode the same pages, a slab is decoded
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 
+from turbomoe.kv.hadamard import rotation
 from turbomoe.kv.kernels import prefill
 from turbomoe.kv.kernels.launch import _kind, _processors, _stored, _width, interpreted
+from turbomoe.kv.kernels.layout import column_dims
 from turbomoe.kv.layer import Side, Step
 from turbomoe.kv.pages import PAGE_TOKENS, pages_for
 
@@ -29,7 +31,7 @@ TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: 
 
 @dataclass(frozen=True)
 class Parts:
-    """What programs leave: tops and totals of the softmax [P, B * kv_heads, rows], means of values ``far`` [..., dim]."""
+    """What programs leave, float32: tops and totals of softmaxes [P, B * kv_heads, rows], means [..., dim]."""
 
     tops: torch.Tensor
     totals: torch.Tensor
@@ -37,7 +39,7 @@ class Parts:
 
     @classmethod
     def empty(cls, parts: int, heads: int, rows: int, dim: int, device: torch.device) -> Parts:
-        """Float32, all of them."""
+        """Room for ``parts`` parts."""
         tops, totals = torch.empty(2, parts, heads, rows, dtype=torch.float32, device=device)
         return cls(tops, totals, torch.empty(parts, heads, rows, dim, dtype=torch.float32, device=device))
 
@@ -61,7 +63,7 @@ class Pages:
         return cls(_kind(side), _width(side), _stored(side, dim, False, device)[:4])
 
     def slab(self, batch: int, pages: int, kv_heads: int, dim: int) -> Pages:
-        """Room for decoded pages [B, pages, kv_heads, PAGE_TOKENS, dim], their dims ordered as ``expand`` leaves them."""
+        """Room for decoded pages [B, pages, kv_heads, PAGE_TOKENS, dim], with their dims in the order of these."""
         kind = self.kind if self.kind in EXACT_NAMES.values() else "f16"
         dtype = torch.bfloat16 if kind == "bf16" else torch.float16
         codes = torch.empty(batch, pages, kv_heads, PAGE_TOKENS, dim, dtype=dtype, device=self.stored[0].device)
@@ -89,7 +91,7 @@ class Block:
 
     @property
     def blocks(self) -> int:
-        return triton.cdiv(self.rows, ROWS)
+        return -(-self.rows // ROWS)
 
     def options(self, k_as: torch.dtype, v_as: torch.dtype) -> dict[str, object]:
         """What both kernels are told."""
@@ -154,15 +156,15 @@ def _attend_pages(block: Block, parts: Parts, keys: Side, values: Side, step: St
         return
     batch, kv_heads, _, dim = block.q.shape
     size = min(pages, max(16, SLAB_BYTES // (4 * block.heads * PAGE_TOKENS * dim) // 16 * 16))
-    slabs = [side.slab(batch, size, kv_heads, dim) for side in (k, v)]
+    slab_k, slab_v = (side.slab(batch, size, kv_heads, dim) for side in (k, v))
     table = torch.arange(batch * size, device=block.q.device).view(batch, size)
     for origin in range(0, pages, size):
-        for side, slab in zip((k, v), slabs, strict=True):
+        for side, slab in ((k, slab_k), (v, slab_v)):
             prefill.expand[(size, block.heads)](
                 step.pages, *side.stored, slab.stored[0], origin, step.pages.shape[1], KV_HEADS=kv_heads, D=dim,
                 KIND=side.kind, WIDTH=side.width, ASM=block.asm, num_warps=4,
             )  # fmt: skip
-        _launch(block, parts, inputs, *slabs, step, table, origin)
+        _launch(block, parts, inputs, slab_k, slab_v, step, table, origin)
 
 
 @dataclass(frozen=True)
@@ -177,26 +179,31 @@ class Inputs:
     behind: int
 
 
+@functools.lru_cache(maxsize=16)
+def _rotation(kind: str, dim: int, device: str) -> torch.Tensor:
+    """The rotation with its columns in the order of the kernels' tiles: float32 [dim, dim]."""
+    return rotation(dim, device)[:, column_dims(kind, dim, False, device)[0].long()].contiguous()
+
+
 def _queries(block: Block, keys: Side, k: Pages) -> Inputs:
-    q = keys.rotate(keys.spread(block.q.float())) if keys.rotated else block.q
-    q = q.to(_product_type(k.kind, block))[..., k.stored[2]]
-    behind = keys.sink + keys.recent
+    q, dim, device = block.q.float(), block.q.shape[-1], str(block.q.device)
+    turned = keys.spread(q) @ _rotation(k.kind, dim, device) if keys.rotated else block.q
+    turned, behind = turned.to(_product_type(k.kind, block)), keys.sink + keys.recent
     if keys.mean is None:
-        return Inputs(q, q, q, q, False, behind)
+        return Inputs(turned, turned, turned, turned, False, behind)
     assert keys.turns is not None
-    r = keys.turns.shape[-1] // 2
-    plain, mean = block.q.float() * (block.scale * LOG2E), keys.mean[:, None, :]
-    still = (plain[..., 2 * r :] * mean[..., 2 * r :]).sum(-1)
-    (a, b), (qa, qb) = ((x[..., :r], x[..., r : 2 * r]) for x in (mean, plain))
+    r, mean = keys.turns.shape[-1] // 2, keys.mean[:, None, :] * (block.scale * LOG2E)
+    still = (q[..., 2 * r :] * mean[..., 2 * r :]).sum(-1)
+    (a, b), (qa, qb) = ((x[..., :r], x[..., r : 2 * r]) for x in (mean, q))
     pairs = torch.cat((qa * a + qb * b, qb * a - qa * b), -1)
     pairs = torch.nn.functional.pad(pairs, (0, -2 * r % CHANNELS)).contiguous()
-    return Inputs(q, pairs, still, keys.turns, True, behind)
+    return Inputs(turned, pairs, still, keys.turns, True, behind)
 
 
 def _launch(
     block: Block, parts: Parts, inputs: Inputs, k: Pages, v: Pages, step: Step, table: torch.Tensor, origin: int
 ) -> None:
-    """Fill the parts from pages ``origin`` and on, as many as ``table`` [B, pages] has; later calls go on from earlier."""
+    """Fill the parts from pages ``origin`` and on, as many as ``table`` [B, pages] has; later calls add to earlier."""
     splits = len(parts.tops) - 1
     prefill.coded[(block.blocks, splits, block.heads)](
         inputs.q, inputs.pairs, inputs.still, step.starts, table, inputs.turns, *k.stored, *v.stored,
@@ -217,9 +224,8 @@ def _merged(parts: Parts, values: Side) -> torch.Tensor:
     pages = parts.far[0].mul_(weights[0, ..., None])
     for weight, far in zip(weights[1:-1], parts.far[1:-1], strict=True):
         pages.addcmul_(far, weight[..., None])
-    pages = pages[..., _stored(values, out.shape[-1], False, str(out.device))[-1]]
     if values.rotated:
-        pages = values.unrotate(pages)
+        pages = pages @ _rotation(_kind(values), out.shape[-1], str(out.device)).t()
     if values.mean is not None:
         mean = values.mean.repeat(len(out) // len(values.mean), 1)[:, None]
         pages = pages.addcmul(weights[:-1].sum(0)[..., None], mean)
