@@ -62,7 +62,7 @@ def cases() -> list[tuple[Chunk, int]]:
     ]
     small += [
         Chunk(256, 8, 2, k, v, (700,), count=100, means=False)
-        for k, v in (("bf16", "tcq3"), ("tq4", "bf16"), ("q8_0", "tq2"))
+        for k, v in (("bf16", "tcq3"), ("tq4", "bf16"), ("q8_0", "tq2"), ("tq4", "tcq4"))
     ]
     small += [Chunk(256, 8, 2, "bf16", "bf16", (700, 64), count=100, dtype=HALF, means=False)]
     found += [(chunk, ALWAYS) for chunk in small]
@@ -81,7 +81,8 @@ def check(numbers: list[int]) -> None:
         chunk, slab = every[number]
         prefill_launch.SLAB_BLOCKS = slab
         name = f"{number:2} D {chunk.head_dim} heads {chunk.heads}/{chunk.kv_heads} {chunk.type_k}/{chunk.type_v}"
-        name += f" {chunk.lengths}+{chunk.count} {str(chunk.dtype)[6:]}{' means' if chunk.means else ''} {'slab' if slab == ALWAYS else 'registers'}"
+        name += f" {chunk.lengths}+{chunk.count} {str(chunk.dtype)[6:]}{' means' if chunk.means else ''}"
+        name += " slab" if slab == ALWAYS else " registers"
         started = time.time()
         try:
             ours, plain = errors(chunk, prefill_launch.attend_block, "cuda")
@@ -100,9 +101,11 @@ def matrix() -> tuple[int, int]:
     """(cases, those that are not fine)."""
     total = len(cases())
     shares = [[str(n) for n in range(i, total, PROCESSES)] for i in range(min(PROCESSES, total))]
-    command = [sys.executable, __file__, "--cases"]
+    command, environment = [sys.executable, __file__, "--cases"], os.environ | {"OMP_NUM_THREADS": "1"}
     running = [
-        subprocess.Popen([*command, *share], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [*command, *share], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
         for share in shares
     ]
     fine = 0
@@ -253,15 +256,15 @@ def times(rate: float, rows: list[dict]) -> None:
 def shapes_of_programs() -> list[dict]:
     """The slab's time in programs of other sizes: (rows, warps, stages)."""
     layer, found = Layer.random("tq2", 32768, 512), []
-    chosen = prefill_launch.ROWS, prefill_launch.WARPS, prefill_launch.STAGES
-    for shape in (chosen, (64, 4, 1), (64, 4, 2), (128, 8, 3)):
-        prefill_launch.ROWS, prefill_launch.WARPS, prefill_launch.STAGES = shape
+    chosen = prefill_launch._program
+    for shape in ((128, 8, 2), (64, 4, 1), (64, 4, 2), (128, 8, 3)):
+        prefill_launch._program = lambda device, shape=shape: shape
         try:
             found.append({"rows, warps, stages": shape, "ms": timed({"slab": with_slab(ALWAYS, layer)})["slab"]})
             print(f"  tq2, 512 after 32768, rows, warps and stages {shape}: {found[-1]['ms']:.2f} ms", flush=True)
         except Exception as error:
             print(f"  rows, warps and stages {shape}: {str(error)[:120]!r}", flush=True)
-    prefill_launch.ROWS, prefill_launch.WARPS, prefill_launch.STAGES = chosen
+    prefill_launch._program = chosen
     return found
 
 

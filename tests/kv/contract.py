@@ -40,7 +40,7 @@ class Case:
 
 
 def filled(case: Case, device: str, room: int = 1) -> KVCache:
-    """A cache that holds random sequences of the case's lengths, with room for more: any bit pattern is a valid code."""
+    """A cache that holds random sequences of the case's lengths, with room for more: any bits are a valid code."""
     random = torch.Generator().manual_seed(case.seed)
     means = None
     if case.means:

@@ -63,7 +63,6 @@ def errors(chunk: Chunk, attend_block, device: str) -> tuple[float, float]:
     cache = filled(chunk, device, chunk.count)
     batch, scale = len(chunk.lengths), chunk.head_dim**-0.5
     query, key, value = fresh(chunk, batch, chunk.count, torch.Generator().manual_seed(chunk.seed + 1), device)
-    key, value = key[:, : chunk.kv_heads], value[:, : chunk.kv_heads]
     keys, values = cache.attention[0]
     step = cache.begin(list(range(batch)), chunk.count)
     ours, *exacts = stored_and_attended(query, key, value, keys, values, step, scale, attend_block)

@@ -1,12 +1,12 @@
 """Prefill's kernels in Triton's interpreter, against the reference and the oracle of ``prefill_contract.py``.
 
-Whether a kernel is interpreted is decided when it is defined, so the tests run in a process of their own.
+The interpreter runs the plain twin of the assembly. That the kernels compile for GPUs with little and with much shared
+memory, and fit it, is tested too, in a process of its own.
 """
 
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,15 +19,11 @@ from turbomoe.config import KVSettings
 from turbomoe.kv import attention
 from turbomoe.kv.cache import KVCache
 from turbomoe.kv.kernels import prefill_attention
-from turbomoe.kv.layer import Side
 from turbomoe.kv.prefill import attend_block as reference
 from turbomoe.kv.shape import AttentionShape
 
 pytest.importorskip("triton")
-ALONE = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not ALONE, reason="runs in a process of its own")
-if ALONE:
-    from turbomoe.kv.kernels import prefill_launch
+from turbomoe.kv.kernels import prefill_launch
 
 CODED = ("q8_0", "tq2", "tq3", "tq4", "tcq2", "tcq2.5", "tcq3", "tcq4")
 SHAPES = [(64, 6, 2), (128, 16, 1), (256, 2, 2)]
@@ -35,20 +31,11 @@ PAIRS = [*((kind, kind) for kind in (*CODED, "bf16", "f16")), ("bf16", "tcq2"), 
 HALF = 2.0**-10  # queries, levels, weights and values are rounded to float16 once each, by at most 2**-11
 
 
-@pytest.mark.skipif(ALONE, reason="is that process")
-def test_in_a_process_of_its_own():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-
-
 # Every kind at the smallest head, and at the others what reads its words otherwise there.
 CONTRACT = [(SHAPES[0], pair) for pair in PAIRS]
 CONTRACT += [(shape, (kind, kind)) for shape in SHAPES[1:] for kind in ("q8_0", "tq4", "tcq2.5", "tcq4", "bf16")]
 
 
-@interpreted
 @pytest.mark.parametrize("shape,types", CONTRACT)
 @pytest.mark.parametrize("means", [False, True])
 def test_the_contract(shape, types, means):
@@ -59,7 +46,6 @@ def test_the_contract(shape, types, means):
     assert ours <= 2 * plain
 
 
-@interpreted
 @pytest.mark.parametrize("count,lengths", [(2, (40, 41, 42)), (130, (7,)), (33, (104, 105, 168))])
 @pytest.mark.parametrize("sink,recent", [(8, 32), (0, 0), (0, 5), (70, 0)])
 def test_windows_and_lengths(count, lengths, sink, recent):
@@ -68,12 +54,11 @@ def test_windows_and_lengths(count, lengths, sink, recent):
     assert ours <= 2 * plain
 
 
-@interpreted
-@pytest.mark.parametrize("rows,slab_blocks,processors", [(64, 99, 1), (64, 99, 64), (64, 1, 1), (64, 1, 64)])
+@pytest.mark.parametrize("rows,slab_blocks,processors", [(64, 99, 1), (128, 99, 64), (64, 1, 1), (128, 1, 64)])
 @pytest.mark.parametrize("type_k,type_v", [("tq2", "tcq3"), ("q8_0", "bf16"), ("bf16", "bf16")])
 def test_slabs_and_parts(monkeypatch, rows, slab_blocks, processors, type_k, type_v):
     """Decoded in registers or by slabs of 16 pages, in one part or many: the same attention."""
-    monkeypatch.setattr(prefill_launch, "ROWS", rows)
+    monkeypatch.setattr(prefill_launch, "_program", lambda device: (rows, 4, 1))
     monkeypatch.setattr(prefill_launch, "SLAB_BLOCKS", slab_blocks)
     monkeypatch.setattr(prefill_launch, "SLAB_BYTES", 0)
     monkeypatch.setattr(prefill_launch, "_processors", lambda device: processors)
@@ -98,7 +83,6 @@ def outputs(chunks: list[int], type_k: str, type_v: str, window: int = 0) -> tor
     return torch.cat(found)
 
 
-@interpreted
 @pytest.mark.parametrize(
     "type_k,type_v,window", [("tq3", "tcq2", 0), ("q8_0", "bf16", 0), ("bf16", "bf16", 0), ("tq3", "tq3", 50)]
 )
@@ -112,7 +96,6 @@ def test_every_chunking_gives_what_the_reference_gives(monkeypatch, type_k, type
         assert (got - wanted).norm(dim=-1).max() <= 8 * HALF * wanted.norm(dim=-1).max()
 
 
-@interpreted
 @pytest.mark.parametrize("slab_blocks", [1, 99])
 @pytest.mark.parametrize("kind", ["tq3", "tcq2", "q8_0", "f16"])
 def test_what_nobody_wrote_is_not_read(monkeypatch, kind, slab_blocks):
@@ -158,7 +141,6 @@ class Nothing:
         return lambda *args, **kwargs: None
 
 
-@interpreted
 @pytest.mark.parametrize("slab_blocks", [1, 99])
 def test_memory_does_not_grow_with_the_context(monkeypatch, slab_blocks):
     """All that a block allocates, added up (its peak is at most that), is the same after 5,000 and 30,000 tokens."""
@@ -181,23 +163,49 @@ def test_memory_does_not_grow_with_the_context(monkeypatch, slab_blocks):
     assert 0 < found[0] - slab < 24 * query.numel() * 4
 
 
-def side(kind: str, dim: int = 64) -> Side:
-    cache = KVCache([AttentionShape(0, 4, 2, dim)], KVSettings(kind, kind), slots=1, ctx_size=64, device="meta")
-    return cache.attention[0][0]
-
-
-class FakeQuery:
-    """What the choice looks at, of a tensor on a device that this machine may lack."""
-
-    def __init__(self, device: str, dtype: torch.dtype, dim: int = 64, heads: int = 4) -> None:
-        self.device, self.dtype, self.shape = torch.device(device), dtype, (1, heads, 9, dim)
-
-
 def test_who_gets_the_kernel():
-    keys = side("tq3")
-    assert prefill_attention(FakeQuery("cuda", torch.bfloat16), keys, keys).__module__.endswith("prefill_launch")
-    assert prefill_attention(FakeQuery("cpu", torch.bfloat16), keys, keys) is reference
-    assert prefill_attention(FakeQuery("cuda", torch.float32), keys, keys) is reference
-    assert prefill_attention(FakeQuery("cuda", torch.bfloat16), side("f32"), keys) is reference
-    assert prefill_attention(FakeQuery("cuda", torch.bfloat16, heads=34), keys, keys) is reference
-    assert prefill_attention(FakeQuery("cuda", torch.bfloat16, dim=96), side("q8_0", 96), keys) is reference
+    bf16 = torch.bfloat16
+    assert prefill_attention("cuda", 64, 4, bf16, False).__module__.endswith("prefill_launch")
+    assert prefill_attention("cpu", 64, 4, bf16, False) is reference
+    for refused in ((64, 4, torch.float32, False), (64, 4, bf16, True), (64, 17, bf16, False), (96, 4, bf16, False)):
+        assert prefill_attention("cuda", *refused) is reference
+
+
+COMPILE = """
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from turbomoe.kv.kernels import prefill, prefill_launch
+
+def compiled(kernel, capability, constants, kinds, warps):
+    signature = {n: "constexpr" if n in constants else kinds.get(n, "*fp32") for n in kernel.arg_names}
+    pointers = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n][0] == "*"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=pointers)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return made.metadata.shared
+
+integers = dict.fromkeys("first rows origin pages_per_slot turn_rows window".split(), "i32")
+halves = "q k_scales v_scales scales k_table v_table table k_sinks v_sinks k_fresh v_fresh slab"
+kinds = dict(starts="*i64", slots="*i64", pages="*i64", k_dims="*i32", v_dims="*i32", dims="*i32", factor="fp32")
+kinds.update(integers | dict.fromkeys(halves.split(), "*fp16"))
+for capability, room in ((86, 99), (90, 227)):
+    rows, warps, stages = prefill_launch.program(room * 1024)
+    shape = dict(KV_HEADS=2, GROUP=16, D=256)
+    types = dict(ROWS=rows, STAGES=stages, K_AS=tl.float16, V_AS=tl.float16, PRECISION="tf32")
+    for kind, width, stored in (("f16", 256, "*fp16"), ("tq2", 64, "*u8")):
+        constants = dict(BEHIND=320, K_KIND=kind, V_KIND=kind, K_WIDTH=width, V_WIDTH=width, HAS_MEAN=True, WIDTH=64,
+                         TURNS=64, CARRY=True, ASM=True)
+        codes = dict(k_codes=stored, v_codes=stored, codes=stored)
+        assert compiled(prefill.coded, capability, constants | shape | types, kinds | codes, warps) <= room * 1024
+        constants = dict(KV_HEADS=2, D=256, KIND=kind, WIDTH=width, ASM=True)
+        assert compiled(prefill.expand, capability, constants, kinds | codes, 4) <= room * 1024
+    assert compiled(prefill.exact, capability, dict(SINK=64, RECENT=256) | shape | types, kinds, warps) <= room * 1024
+print("compiled")
+"""
+
+
+def test_the_kernels_compile_and_fit_the_shared_memory(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "compiled", done.stderr[-2000:]

@@ -28,9 +28,9 @@ def attend(
     query [B, query_heads, S, head_dim]; key, value [B, kv_heads, S, head_dim]; all post-RoPE.
     Returns float32 [B, S, query_heads, head_dim].
     """
+    shape = (query.device.type, query.shape[-1], query.shape[1] // key.shape[1], query.dtype)
     if step.count == 1:
-        decode = decode_attention(query.device.type, query.shape[-1], query.shape[1] // key.shape[1], query.dtype)
-        return decode(query, key, value, keys, values, step, scale)
+        return decode_attention(*shape)(query, key, value, keys, values, step, scale)
     key, value = key.to(keys.exact_dtype), value.to(values.exact_dtype)
     exact_k, exact_v = (torch.cat([side.past(step), new], 2) for side, new in ((keys, key), (values, value)))
     for side, new, exact in ((keys, key, exact_k), (values, value, exact_v)):
@@ -38,7 +38,7 @@ def attend(
         side.store(exact[:, :, : step.count], step)
         side.keep_recent(new, step)
     rows = query_block(query.device.type)
-    attend_block = prefill_attention(query, keys, values)
+    attend_block = prefill_attention(*shape, torch.float32 in (keys.exact_dtype, values.exact_dtype))
     blocks = [
         attend_block(query[:, :, i : i + rows], i, exact_k, exact_v, keys, values, step, scale)
         for i in range(0, step.count, rows)

@@ -8,7 +8,6 @@ from functools import cache
 import torch
 
 from turbomoe.kv.decode import attend_one as reference
-from turbomoe.kv.layer import Side
 from turbomoe.kv.prefill import attend_block as prefill_reference
 from turbomoe.notices import Notice, board
 
@@ -34,21 +33,22 @@ def decode_attention(device: str, head_dim: int, group: int, dtype: torch.dtype)
     if device != "cuda":
         return reference
     if why := unsupported(head_dim, group, dtype):
-        board.post(Notice("this model's attention runs without its GPU kernel", why, "decoding takes longer"))
+        board.post(Notice("this model's attention runs without its GPU kernels", why, "attention takes longer"))
         return reference
     from turbomoe.kv.kernels.launch import attend_one
 
     return attend_one
 
 
-def prefill_attention(query: torch.Tensor, keys: Side, values: Side) -> Attend:
-    """Attention of a block of new tokens for this layer, whose queries [B, heads, n, head_dim] look like these.
-
-    Keys or values in float32, which nobody needs under a model in half precision, stay with the reference.
-    """
-    group = query.shape[1] // keys.sinks.shape[1]
-    wide = torch.float32 in (keys.exact_dtype, values.exact_dtype)
-    if query.device.type != "cuda" or wide or unsupported(query.shape[-1], group, query.dtype):
+@cache
+def prefill_attention(device: str, head_dim: int, group: int, dtype: torch.dtype, wide: bool) -> Attend:
+    """Attention of a block of new tokens; see ``decode_attention``. ``wide`` tells that windows are in float32."""
+    if device != "cuda":
+        return prefill_reference
+    if wide:
+        board.post(Notice("prompts are read without the GPU kernel", "the cache is in float32", "prefill takes longer"))
+        return prefill_reference
+    if unsupported(head_dim, group, dtype):  # decode_attention has said so
         return prefill_reference
     from turbomoe.kv.kernels.prefill_launch import attend_block
 

@@ -2,9 +2,10 @@
 
 A program takes ROWS queries of one KV head: row r of them is query head r % GROUP of the position r // GROUP after
 the first. ``coded`` runs over pages, or over a part of them where few queries would leave processors idle; ``exact``
-over the sinks and the window. Each leaves the maximum and sum of its softmax, in units of log2, and its weighted mean of
-values; PyTorch merges them (``prefill_launch.py``). A page is decoded in registers by each program that reads it, or once for all
-programs by ``expand``, into a slab of bounded size. The reference is ``kv/prefill.py``, with the same rule of windows.
+runs over the sinks and the window. Each leaves the maximum and sum of its softmax, in units of log2, and its weighted
+mean of values; PyTorch merges them (``prefill_launch.py``). A page is decoded in registers by each program that reads
+it, or once for all programs by ``expand``, into a slab of bounded size. The reference is ``kv/prefill.py``, with the
+same rule of windows.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def expand(
     b, h = head // KV_HEADS, head % KV_HEADS
     page = tl.load(pages + b * pages_per_slot + tl.minimum(origin + tile, pages_per_slot - 1))
     n, order = tl.arange(0, PAGE), tl.load(dims + tl.arange(0, D))
-    x = _tile(codes, scales, (page * KV_HEADS + h) * PAGE, n >= 0, order, table, D, KIND, WIDTH, False, ASM)
+    x = _tile(codes, scales, (page * KV_HEADS + h) * PAGE, n >= 0, order, table, D, KIND, WIDTH, 0, 1, False, ASM)
     if KIND != "bf16" and KIND != "f16" and KIND != "q8_0":
         x = x * _scales(scales, page, h, KV_HEADS, True)[:, None]
     row = ((b * tl.num_programs(0) + tile) * KV_HEADS + h) * PAGE + row_order(n)
@@ -129,7 +130,7 @@ def coded(
         for masked in tl.static_range(2):
             fro = tl.minimum(tl.maximum(begin, whole), last) if masked else begin
             to = last if masked else tl.minimum(whole, last)
-            # The compiler prefetches codes; scales are too small for that and would be waited for, so they come earlier.
+            # The compiler prefetches codes; scales are too small for that, would be waited for, and so come earlier.
             page = tl.load(table + tl.minimum(fro, last - 1))
             next_page = tl.load(table + tl.minimum(fro + 1, last - 1))
             k_scale = _scales(k_scales, page, h, KV_HEADS, K_SCALED)
@@ -145,7 +146,7 @@ def coded(
                     at = (tl.load(table + tile) * KV_HEADS + h) * PAGE
                     index = tile * PAGE + row_order(n)
                     seen = index < end if masked else n >= 0
-                    k = _tile(k_codes, k_scales, at, seen, dims, k_table, D, K_KIND, K_WIDTH, False, ASM)
+                    k = _tile(k_codes, k_scales, at, seen, dims, k_table, D, K_KIND, K_WIDTH, 0, 1, False, ASM)
                     scores = tl.dot(queries, tl.trans(k.to(K_AS)), input_precision=PRECISION)
                     if K_SCALED:
                         scores = scores * (k_scale.to(tl.float32) * factor)[None, :]
@@ -155,10 +156,12 @@ def coded(
                         scores += tl.sum(tl.where((i == tile - group)[:, None], offsets, 0.0), 0)[:, None]
                     if masked:
                         scores = tl.where(index[None, :] < limit[:, None], scores, float("-inf"))
-                    v = _tile(v_codes, v_scales, at, seen, v_order, v_table, D, V_KIND, V_WIDTH, False, ASM).to(V_AS)
+                    v = _tile(v_codes, v_scales, at, seen, v_order, v_table, D, V_KIND, V_WIDTH, 0, 1, False, ASM).to(
+                        V_AS
+                    )
                     # Rows that nobody has written yet may hold any scale, NaN too.
                     sure = tl.where(seen, v_scale.to(tl.float32), 0.0)
-                    top, total, far = _fold(top, total, far, scores, v, sure, V_SCALED, PRECISION)
+                    top, total, far = _fold(top, total, far, scores, v.to(V_AS), sure, V_SCALED, PRECISION)
                     next_page, k_scale, v_scale = page_after, next_k_scale, next_v_scale
     _leave(part_top, part_total, part_far, part, row < rows, top, total, far, D)
 

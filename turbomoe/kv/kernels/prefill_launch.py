@@ -10,6 +10,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+import triton
 import triton.language as tl
 
 from turbomoe.kv.hadamard import rotation
@@ -20,13 +21,30 @@ from turbomoe.kv.layer import Side, Step
 from turbomoe.kv.pages import PAGE_TOKENS, pages_for
 
 LOG2E = 1.4426950408889634
-ROWS, WARPS, STAGES = 128, 8, 2
 CHANNELS = 32  # ``prefill.CHANNELS``
 SPLIT_PAGES = 8  # a part has at least as many
-SLAB_BLOCKS = 4  # blocks of ROWS that have to share a slab for it to be worth its stores
+SLAB_BLOCKS = 4  # blocks of queries that have to share a slab for it to be worth its stores
 SLAB_BYTES = 32 << 20  # of keys and values together
 EXACT_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def program(shared: int) -> tuple[int, int, int]:
+    """(queries, warps, stages of prefetching) of a program on a processor with this shared memory, in bytes.
+
+    At 256 dims queries, two tiles of keys and two of values take 192 KiB; less than that has room for half the queries
+    and one tile of each.
+    """
+    return (128, 8, 2) if shared >= 200 << 10 else (64, 4, 1)
+
+
+@functools.lru_cache(maxsize=8)
+def _program(device: torch.device) -> tuple[int, int, int]:
+    """``program`` for this device; the interpreter takes any."""
+    if device.type == "cpu":
+        return program(0)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return program(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 @dataclass(frozen=True)
@@ -60,7 +78,7 @@ class Pages:
     def of(cls, side: Side) -> Pages:
         """The pages of the cache."""
         dim, device = side.ring.shape[-1], str(side.ring.device)
-        return cls(_kind(side), _width(side), _stored(side, dim, False, device)[:4])
+        return cls(_kind(side), _width(side), _stored(side, dim, False, 1, device)[:4])
 
     def slab(self, batch: int, pages: int, kv_heads: int, dim: int) -> Pages:
         """Room for decoded pages [B, pages, kv_heads, PAGE_TOKENS, dim], with their dims in the order of these."""
@@ -91,13 +109,14 @@ class Block:
 
     @property
     def blocks(self) -> int:
-        return -(-self.rows // ROWS)
+        return -(-self.rows // _program(self.q.device)[0])
 
     def options(self, k_as: torch.dtype, v_as: torch.dtype) -> dict[str, object]:
         """What both kernels are told."""
-        shape = {"KV_HEADS": self.q.shape[1], "GROUP": self.group, "D": self.q.shape[-1], "ROWS": ROWS}
+        rows, warps, stages = _program(self.q.device)
+        shape = {"KV_HEADS": self.q.shape[1], "GROUP": self.group, "D": self.q.shape[-1], "ROWS": rows}
         types = {"K_AS": TYPES[k_as], "V_AS": TYPES[v_as], "PRECISION": "tf32" if self.asm else "ieee"}
-        return {**shape, **types, "STAGES": STAGES, "num_warps": WARPS}
+        return {**shape, **types, "STAGES": stages, "num_warps": warps}
 
 
 def attend_block(
@@ -182,7 +201,7 @@ class Inputs:
 @functools.lru_cache(maxsize=16)
 def _rotation(kind: str, dim: int, device: str) -> torch.Tensor:
     """The rotation with its columns in the order of the kernels' tiles: float32 [dim, dim]."""
-    return rotation(dim, device)[:, column_dims(kind, dim, False, device)[0].long()].contiguous()
+    return rotation(dim, device)[:, column_dims(kind, dim, False, 1, device)[0].long()].contiguous()
 
 
 def _queries(block: Block, keys: Side, k: Pages) -> Inputs:
