@@ -42,6 +42,7 @@ TYPES = ("tq2", "tcq2", "tcq3", "q8_0")
 PASTS, COUNTS = (4096, 32768, 131072), (512, 2048)
 NEVER, ALWAYS = 1 << 30, 1  # values of SLAB_BLOCKS
 PROCESSES = 14
+LONGEST = 60  # seconds of the matrix, far more than it takes
 HALF = torch.float16
 
 
@@ -108,9 +109,14 @@ def matrix() -> tuple[int, int]:
         )
         for share in shares
     ]
-    fine = 0
+    fine, deadline = 0, time.time() + LONGEST
     for process in running:
-        output, _ = process.communicate()
+        try:
+            output, _ = process.communicate(timeout=max(1.0, deadline - time.time()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+            print("BAD a process did not end in time", flush=True)
         lines = output.splitlines()
         fine += sum(line.startswith("ok ") for line in lines)
         print("\n".join(line for line in lines if line[:3] in ("ok ", "BAD")) or f"BAD {output[-600:]}", flush=True)
