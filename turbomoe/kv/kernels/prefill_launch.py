@@ -43,7 +43,7 @@ def _program(device: torch.device) -> tuple[int, int, int]:
     """``program`` for this device; the interpreter takes any."""
     if device.type == "cpu":
         return program(0)
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = device.index or 0  # tensors know their device's number
     return program(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
@@ -127,8 +127,7 @@ def attend_block(
 
     Float32 [B, n, heads, dim].
     """
-    batch, heads, count, dim = query.shape
-    kv_heads, window = exact_k.shape[1:3]
+    (batch, heads, count, dim), (kv_heads, window) = query.shape, exact_k.shape[1:3]
     group = heads // kv_heads
     q = query.reshape(batch, kv_heads, group, count, dim).transpose(2, 3).reshape(batch, kv_heads, -1, dim).contiguous()
     block = Block(q, first, group, scale, query.dtype, asm and not interpreted())
