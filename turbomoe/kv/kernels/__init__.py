@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from turbomoe.kv.decode import attend_one as reference
+from turbomoe.kv.layer import Side, Step
 from turbomoe.kv.prefill import attend_block as prefill_reference
 from turbomoe.notices import Notice, board
 
@@ -50,6 +51,16 @@ def prefill_attention(device: str, head_dim: int, group: int, dtype: torch.dtype
         return prefill_reference
     if unsupported(head_dim, group, dtype):  # decode_attention has said so
         return prefill_reference
+    from turbomoe.kv.kernels.checked import Checked
     from turbomoe.kv.kernels.prefill_launch import attend_block
 
-    return attend_block
+    return Checked("prompts", attend_block, prefill_reference, _prefill_kind)
+
+
+def _prefill_kind(
+    query: torch.Tensor, first: int, exact_k: torch.Tensor, exact_v: torch.Tensor, keys: Side, values: Side, step: Step,
+    scale: float,
+) -> tuple[str, str, bool]:  # fmt: skip
+    """Types of keys and values, and whether pages are read."""
+    names = tuple("" if side.codec is None else side.codec.name for side in (keys, values))
+    return names[0], names[1], step.reach > keys.sink + keys.recent + step.count
