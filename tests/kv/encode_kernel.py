@@ -39,7 +39,7 @@ def check(trellis: Trellis) -> None:
     x = torch.zeros(steps * trellis.values, 64, dtype=torch.int16)
     x[:, :n] = to_fixed(spread, trellis).t()
     codes, squares = torch.zeros(n, steps * trellis.step_bits // 32, dtype=torch.int32), torch.zeros(n)
-    scratch = torch.zeros(2 * 64 * 32 * trellis.groups, dtype=torch.int32).view(torch.uint32)
+    scratch = torch.zeros(2 * 64 * 32 * 16, dtype=torch.int32)
     parts = fixed(trellis)
     kernel[(2,)](
         x, codebook(trellis), scratch, codes, squares, 0, n, 64, steps, parts.slopes, parts.offsets, trellis.values,

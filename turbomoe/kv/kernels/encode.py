@@ -125,10 +125,11 @@ def _step(
             )  # fmt: skip
         word = (word >> KB) | (a.to(tl.uint32, bitcast=True) << (32 - KB))
         if 2 * half % PER == PER - 1:
-            tl.store(kept + 2 * half // PER * _N + tl.arange(0, _N), word)
+            tl.store(kept + 2 * half // PER * _N + tl.arange(0, _N), word.to(tl.int32, bitcast=True))
         word = (word >> KB) | (b.to(tl.uint32, bitcast=True) << (32 - KB))
         if (2 * half + 1) % PER == PER - 1 or 2 * half == G - 2:
-            tl.store(kept + 2 * half // PER * _N + tl.arange(0, _N), word >> (PER - 1 - (2 * half + 1) % PER) * KB)
+            last = word >> (PER - 1 - (2 * half + 1) % PER) * KB
+            tl.store(kept + 2 * half // PER * _N + tl.arange(0, _N), last.to(tl.int32, bitcast=True))
         found = found + (a & -MANY, b & -MANY)
     by_group = ()
     for j in tl.static_range(G):
@@ -138,16 +139,23 @@ def _step(
 
 @triton.jit
 def _dropped(kept, group, KB: tl.constexpr, G: tl.constexpr):
-    """The bits that ``_step`` left in ``kept`` for these groups. All words are read: none waits for another's bits."""
+    """The bits that ``_step`` left in ``kept`` for these groups.
+
+    All words are read, so that no load waits for another's bits.
+    """
     PER: tl.constexpr = 32 // KB
     BLOCKS: tl.constexpr = G >> KB
-    second = (group * 2 // G if BLOCKS == 1 else group % BLOCKS * 2 // BLOCKS).to(tl.int32)
+    if BLOCKS == 1:
+        second = group * 2 // G
+    else:
+        second = group % BLOCKS * 2 // BLOCKS
     first = tl.where(second != 0, G - 1 - group, group)
     place = 2 * (first % BLOCKS * (1 << KB) + first // BLOCKS) + second
-    word = tl.zeros((_N,), tl.uint32)
+    word = tl.zeros((_N,), tl.int32)
     for k in tl.static_range((G + PER - 1) // PER):
         word = tl.where(place // PER == k, tl.load(kept + k * _N + tl.arange(0, _N)), word)
-    return (word >> (32 - KB * PER + place % PER * KB).to(tl.uint32)).to(tl.int32) & ((1 << KB) - 1)
+    shift = (32 - KB * PER + place % PER * KB).to(tl.uint32)
+    return (word.to(tl.uint32, bitcast=True) >> shift).to(tl.int32) & ((1 << KB) - 1)
 
 
 @triton.jit
@@ -181,20 +189,16 @@ def _boundary(costs, kept, ROW: tl.constexpr, KB: tl.constexpr, G: tl.constexpr)
 
 
 @triton.jit
-def _with_bits(word, bits, AT: tl.constexpr, KB: tl.constexpr):
-    """KB bits joined to a word from its bit AT on, as far as they lie in it."""
-    if AT >= 0 and AT < 32:
-        return word | (bits << AT)
-    elif AT < 0 and AT > -KB:
-        return word | (bits >> -AT)
-    else:
-        return word
+def _placed(bits, at, KB: tl.constexpr):
+    """KB bits from bit ``at`` of a word on, as far as they lie in it."""
+    high = tl.where((at >= 0) & (at < 32), bits << (at & 31), 0)
+    return high | tl.where((at < 0) & (at > -KB), bits >> (-at & 31), 0)
 
 
 @triton.jit
 def _write(
-    codes, table, kept, last, row, inside, STEPS, ROW: tl.constexpr, VALUES: tl.constexpr,
-    KB: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr,
+    codes, table, kept, last, row, inside, STEPS, ROW: tl.constexpr, VALUES: tl.constexpr, KB: tl.constexpr,
+    G: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """The code of the path that ends in state ``last``, by planes of words; returns the sum of its squared values."""
     EACH: tl.constexpr = 32 * WORDS // KB
@@ -205,23 +209,24 @@ def _write(
         at = RUNS - 1 - run
         stream = ()
         for _ in tl.static_range(WORDS):
-            stream = stream + (tl.zeros((_N,), tl.uint32),)
-        for back in tl.static_range(EACH):
-            i = at * EACH + EACH - 1 - back
-            state = (group << KB) | _dropped(kept + i * ROW, group, KB, G)
-            state = tl.where(i == STEPS - 1, last, state)
-            group = state % G
-            for v in tl.static_range(VALUES):
-                value = tl.load(table + v * (G << KB) + state)
-                squares += value * value
-            bits = (state & ((1 << KB) - 1)).to(tl.uint32)
-            changed = ()
-            for w in tl.static_range(WORDS):
-                changed = changed + (_with_bits(stream[w], bits, (EACH - 1 - back) * KB - 32 * w, KB),)
-            stream = changed
+            stream = stream + (tl.zeros((_N,), tl.int32),)
+        for part in range(EACH // 4):
+            # Four at once: their loads overlap.
+            for back in tl.static_range(4):
+                step = EACH - 1 - 4 * part - back
+                i = at * EACH + step
+                state = (group << KB) | _dropped(kept + i * ROW, group, KB, G)
+                state = tl.where(i == STEPS - 1, last, state)
+                group = state % G
+                for v in tl.static_range(VALUES):
+                    value = tl.load(table + v * (G << KB) + state)
+                    squares += value * value
+                joined = ()
+                for w in tl.static_range(WORDS):
+                    joined = joined + (stream[w] | _placed(state & ((1 << KB) - 1), step * KB - 32 * w, KB),)
+                stream = joined
         for w in tl.static_range(WORDS):
-            word = stream[w].to(tl.int32, bitcast=True)
-            tl.store(codes + row * (RUNS * WORDS) + w * RUNS + at, word, mask=inside)
+            tl.store(codes + row * (RUNS * WORDS) + w * RUNS + at, stream[w], mask=inside)
     return squares
 
 
@@ -258,7 +263,7 @@ def _search(
     tl.store(squares + row, total, mask=row < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "n"])
 def search(
     x, table, scratch, codes, squares, first, n, stride, STEPS, KB: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr,
     ASM: tl.constexpr,
@@ -266,7 +271,8 @@ def search(
     """Vectors from number ``first`` on, below n: int16 ``x`` [STEPS * values, stride], stride a multiple of 32.
 
     Leaves ``codes`` int32 [n, STEPS * KB / 32], in the order of ``windows.to_planes``, and in ``squares`` float32 [n] the
-    sum of the squares of their values, which ``table`` float32 [values, states] holds. ``scratch`` is uint32.
+    sum of the squares of their values, which ``table`` float32 [values, states] holds. ``scratch`` is int32, 16 KB
+    or less for each of these vectors with 256 steps.
     """
     if KB == 2:
         _search(x, table, scratch, codes, squares, first, n, stride, STEPS, SLOPES_2, OFFSETS_2, 1, KB, G, WORDS, ASM)

@@ -43,7 +43,7 @@ def search(spread: torch.Tensor, trellis: Trellis, asm: bool = True) -> tuple[to
     programs = min(padded // kernels.VECTORS, WARPS * _processors(str(device)))
     words = -(-trellis.groups // (32 // trellis.step_bits))
     room = programs * max(steps, 2 * HALF_SPAN) * words * kernels.VECTORS
-    scratch = torch.empty(room, dtype=torch.uint32, device=device)
+    scratch = torch.empty(room, dtype=torch.int32, device=device)
     table = codebook(trellis, str(device))
     for first in range(0, n, programs * kernels.VECTORS):
         grid = min(programs, triton.cdiv(n - first, kernels.VECTORS))
