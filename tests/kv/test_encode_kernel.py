@@ -1,4 +1,4 @@
-"""The GPU's search: its fixed-point reference against that of floats, and the kernel against both in the interpreter."""
+"""The GPU's search: its fixed-point reference against that of floats, and the kernel against it in the interpreter."""
 
 from __future__ import annotations
 
@@ -63,7 +63,10 @@ def test_costs_stay_in_range(name: str) -> None:
 def test_the_kernel_finds_the_same_in_the_interpreter() -> None:
     """Small trellises: the interpreter takes a millisecond for an addition."""
     root = Path(__file__).parents[2]
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    env = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+    }
     done = subprocess.run([sys.executable, str(SCRIPT)], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("equal") == 3

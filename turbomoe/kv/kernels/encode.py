@@ -6,6 +6,9 @@ What the minima drop goes to a scratch area, bit by bit, and is read again from 
 groups that share a predecessor are made one after the other, so their bits stand in that order.
 """
 
+# Triton's language has no types, and no unpacking in tuples.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,no-any-return"
+# ruff: noqa: RUF005
 from __future__ import annotations
 
 import triton
@@ -48,7 +51,10 @@ def _text(slopes, offsets, state):
     """
     offset, lines = offsets[state], [".reg .s32 p, q;"]
     if len(slopes) == 1:
-        lines += [f"mad.lo.s32 p, $6, {slopes[0][state]}, {offset};", f"mad.lo.s32 q, $6, {-slopes[0][state]}, {offset};"]
+        lines += [
+            f"mad.lo.s32 p, $6, {slopes[0][state]}, {offset};",
+            f"mad.lo.s32 q, $6, {-slopes[0][state]}, {offset};",
+        ]
     else:
         lines += [f"mul.lo.s32 p, $6, {slopes[0][state]};", f"mad.lo.s32 p, $7, {slopes[1][state]}, p;"]
         lines += [f"sub.s32 q, {offset}, p;", f"add.s32 p, p, {offset};"]
@@ -270,8 +276,8 @@ def search(
 ):  # fmt: skip
     """Vectors from number ``first`` on, below n: int16 ``x`` [STEPS * values, stride], stride a multiple of 32.
 
-    Leaves ``codes`` int32 [n, STEPS * KB / 32], in the order of ``windows.to_planes``, and in ``squares`` float32 [n] the
-    sum of the squares of their values, which ``table`` float32 [values, states] holds. ``scratch`` is int32, 16 KB
+    Leaves ``codes`` int32 [n, STEPS * KB / 32], in the order of ``windows.to_planes``, and in ``squares`` float32 [n]
+    the sum of the squares of their values, which ``table`` float32 [values, states] holds. ``scratch`` is int32, 16 KB
     or less for each of these vectors with 256 steps.
     """
     if KB == 2:
