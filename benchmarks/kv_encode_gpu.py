@@ -2,8 +2,8 @@
 
 First the kernels are compiled, all at once; then each is held against its reference in PyTorch, a line a case; then
 times: microseconds a vector of the whole encoding and of the search, beside the least that the instructions of the
-search take; and the share of a prefill: all keys and values of 32,768 tokens against the work of the attention layers on
-them, projections and causal attention in bf16, both measured here.
+search take; and the share of a prefill: all keys and values of 32,768 tokens against the work of the attention layers
+on them, projections and causal attention in bf16, both measured here.
 """
 
 from __future__ import annotations
