@@ -1,11 +1,13 @@
 """What it costs to encode keys and values on the CPU: a vector, a second, and the share of a decode step.
 
     python benchmarks/kv_encode.py [MODEL.gguf] [--threads 2] [--rounds 7] [--tokens 1024]
+    python benchmarks/kv_encode.py --cuda
 
 First the ceiling: the additions, products and comparisons of a trellis search, and how many one core does a second in
 a product of matrices. Then every codec on one core, on Gaussian vectors that are rotated already, 64 in a call;
 trellises in PyTorch too. With a model: decode steps of all threads after ``--tokens`` tokens, types interleaved, and
-the part of them that goes into encoding what leaves the exact window. The last line is JSON.
+the part of them that goes into encoding what leaves the exact window. The last line is JSON. With ``--cuda`` instead
+what ``kv_encode_gpu.py`` says.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -160,7 +163,10 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--cuda", action="store_true", help="the trellis codecs on this GPU")
     args = parser.parse_args()
+    if args.cuda:
+        return subprocess.call([sys.executable, str(Path(__file__).with_name("kv_encode_gpu.py"))])
     import torch
 
     from turbomoe.native.library import load_core

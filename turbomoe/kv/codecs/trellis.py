@@ -19,6 +19,7 @@ from turbomoe.native.library import Core, load_core
 from turbomoe.native.trellis import encode
 
 SMALLEST, LARGEST = 32, 512  # values of a head
+HEAD_SIZES = (64, 128, 256)  # that the GPU's search takes
 
 
 class TrellisCodec(Codec):
@@ -48,6 +49,13 @@ class TrellisCodec(Codec):
         return Plane("codes", torch.uint8, bits // 8), Plane("scales", torch.float16, 1)
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The one place that picks: on a GPU Triton, on a CPU the C core, else the reference in PyTorch."""
+        if x.device.type == "cuda" and self.head_dim in HEAD_SIZES:
+            from turbomoe.kv.kernels.encoding import encode as encode_on_gpu
+            from turbomoe.kv.kernels.encoding import passes
+
+            if passes(self.name, self.head_dim, x.device):
+                return encode_on_gpu(x, self.trellis)
         core = load_core() if x.device.type == "cpu" else None
         return self.encode_plainly(x) if core is None else self.encode_natively(core, x)
 

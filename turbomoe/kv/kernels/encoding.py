@@ -1,0 +1,83 @@
+"""Encoding by trellis on the GPU: what surrounds the search of ``encode.py``."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+
+from turbomoe.kv.codecs.scales import root, spread_out, to_scale
+from turbomoe.kv.kernels import encode as kernels
+from turbomoe.kv.trellis_codebook import Trellis, codebook
+from turbomoe.kv.trellis_fixed import to_fixed
+from turbomoe.kv.trellis_search import HALF_SPAN
+from turbomoe.notices import Notice, board
+
+WARPS = 8  # of one processor at a time: enough to hide waiting, and what they note fills no more memory than that
+
+
+def encode(x: torch.Tensor, trellis: Trellis, asm: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors [..., head_dim] to codes uint8 [..., bytes] and scales float16 [..., 1], as ``TrellisCodec.encode``.
+
+    The codes are those of ``trellis_fixed.search_fixed``. Without ``asm`` by its plain twin.
+    """
+    spread, peak, norm = spread_out(x.float())
+    rows = spread.reshape(-1, x.shape[-1]).nan_to_num(nan=0.0)
+    codes, squares = search(rows, trellis, asm)
+    scales = to_scale(peak * (norm / root(squares).view(peak.shape)))
+    return codes.view(*x.shape[:-1], codes.shape[-1]), scales
+
+
+def search(spread: torch.Tensor, trellis: Trellis, asm: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 [n, head_dim] of unit variance to codes uint8 [n, bytes] and the sum of their squares, float32 [n].
+
+    Scratch memory is bounded, whatever n is: 0.1 to 0.5 GB on a GPU of 132 processors.
+    """
+    n, dim = spread.shape
+    steps, device = dim // trellis.values, spread.device
+    padded = triton.cdiv(max(n, 1), kernels.VECTORS) * kernels.VECTORS
+    x = torch.zeros(dim, padded, dtype=torch.int16, device=device)
+    x[:, :n] = to_fixed(spread, trellis).t()
+    codes = torch.empty(n, steps * trellis.step_bits // 32, dtype=torch.int32, device=device)
+    squares = torch.empty(n, dtype=torch.float32, device=device)
+    programs = min(padded // kernels.VECTORS, WARPS * _processors(str(device)))
+    words = -(-trellis.groups // (32 // trellis.step_bits))
+    room = programs * max(steps, 2 * HALF_SPAN) * words * kernels.VECTORS
+    scratch = torch.empty(room, dtype=torch.int32, device=device)
+    table = codebook(trellis, str(device))
+    for first in range(0, n, programs * kernels.VECTORS):
+        grid = min(programs, triton.cdiv(n - first, kernels.VECTORS))
+        kernels.search[(grid,)](
+            x, table, scratch, codes, squares, first, n, padded, steps, KB=trellis.step_bits, G=trellis.groups,
+            WORDS=trellis.group_words, ASM=asm, num_warps=1,
+        )  # fmt: skip
+    return codes.view(torch.uint8), squares
+
+
+@functools.cache
+def passes(name: str, head_dim: int, device: torch.device) -> bool:
+    """Whether the kernel has encoded 64 Gaussian vectors here as well as the reference, to 2% of the error.
+
+    Asked once a process, before its first use: compilers and GPUs differ, and wrong codes would show in no error.
+    """
+    from turbomoe.kv.codecs.trellis import TrellisCodec
+
+    codec = TrellisCodec(name, head_dim)
+    x = torch.randn(64, head_dim, generator=torch.Generator().manual_seed(1)).to(device)
+    try:
+        found, expected = (codec.decode(planes) for planes in (encode(x, codec.trellis), codec.encode_plainly(x)))
+        errors = [float((values - x).square().sum()) for values in (found, expected)]
+        why = "" if errors[0] <= 1.02 * errors[1] else f"its error is {errors[0] / errors[1]:.2f} times the reference's"
+    except Exception as error:  # compilers and drivers raise what they like
+        why = f"it failed ({' '.join(str(error).split())[:120] or type(error).__name__})"
+    if why:
+        board.post(Notice(f"the GPU encoder of {name} is not used", why, "encoding takes far longer"))
+    return not why
+
+
+@functools.cache
+def _processors(device: str) -> int:
+    if torch.device(device).type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
