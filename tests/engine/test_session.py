@@ -352,6 +352,23 @@ def test_a_disk_that_fails_leaves_the_old_session(models, saved, monkeypatch):
     assert saved.read_bytes() == before and os.listdir(saved.parent) == ["s"]
 
 
+def test_a_load_that_breaks_off_leaves_an_empty_slot_that_says_so(models, saved, monkeypatch):
+    """The memory is gone then; a prompt that the slot knew must be computed again."""
+    engine, prompt = engine_for(models("qwen35"), CODES), tokens(20, seed=5)[0].tolist()
+    answer(engine, prompt, 3)
+    known = engine.slots.known(0)
+
+    def broken(array, dtype):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("turbomoe.engine.session.to_tensor", broken)
+    with pytest.raises(KeyboardInterrupt):
+        load_session(engine, 0, saved)
+    assert engine.slots.known(0) == [] and engine.runner.memory.host_lengths == [0]
+    anew = engine_for(models("qwen35"), CODES)
+    assert answer(engine, [*known, 1], 3) == answer(anew, [*known, 1], 3)
+
+
 # Damaged and forged files
 
 
@@ -383,7 +400,8 @@ def test_four_hundred_mutants_are_refused(models, saved):
 
 HEADERS: list[tuple[str, Any]] = [
     ("model", None), ("model", []), ("model", {"name": "x"}), ("depends_on", None), ("depends_on", {}),
-    ("kind", "poem"), ("kind", None), ("messages", None), ("messages", [1]), ("messages", [{"role": "user"}]),
+    ("kind", "poem"), ("kind", None), ("kind", []), ("messages", None), ("messages", [1]),
+    ("messages", [{"role": "user"}]),
     ("messages", [{"role": "user", "content": 3}]), ("seen_text", None), ("messages", {"role": "user"}),
     ("thinking", "yes"),
 ]  # fmt: skip
