@@ -173,6 +173,22 @@ def test_what_a_chat_has_forgotten_is_not_in_its_file(tmp_path):
     assert session_nbytes(talk.engine, talk) == 0
 
 
+def test_what_another_conversation_said_is_not_in_the_file(tmp_path):
+    """Two chats under one system message; the memory of the first is gone when it is saved."""
+    model = conversation_for().engine.model
+    engine = Engine(model, EngineSettings(ctx_size=256, parallel=2, prefill_chunk=64, kv=CODES))
+    first, second, third = (Conversation(engine, system=system) for system in ("Be brief.", "Be brief.", "Sing."))
+    hear(first, "One?", "First.")
+    hear(second, "A secret?", "Yes.")
+    save_session(engine, first, tmp_path / "s")
+    hear(third, "Two?", "Second.")  # in the slot of the first, which is the older
+    for talk, kept in ((first, False), (second, True)):
+        save_session(engine, talk, tmp_path / "s")
+        _, arrays = load_arrays(tmp_path / "s", KIND, VERSION, 1 << 30)
+        text = model.tokenizer.decode(arrays["ids"].tolist())
+        assert ("secret" in text) is kept and bool(text) is kept
+
+
 def test_thinking_is_kept_unless_it_is_set_anew(tmp_path):
     talk = conversation_for(thinking=False)
     save_session(talk.engine, talk, tmp_path / "s")

@@ -163,7 +163,7 @@ def _load(identity: str, conditions: Conditions) -> Checks:
     try:
         checks = load_checks(path, identity)
     except RecordedError as error:
-        board.post(Notice("checking the KV types again", str(error).rstrip("."), "about a minute"))
+        board.post(Notice("checking the KV types again", str(error).rstrip("."), "about a minute", "delete the file"))
         return {}
     kept = {known: arms for known, arms in checks.items() if not known.basis or known.basis == conditions.basis}
     if not conditions.basis:
