@@ -175,6 +175,9 @@ def test_means_that_cannot_be_kept_are_used_and_told(models, state_home: Path, c
     assert means is not None and set(means.keys) == {0, 1, 2}
     said = capsys.readouterr().err
     assert said.count("note: the means are not kept") == 1 and "TURBOMOE_HOME" in said
+    # The check of KV types and the engine ask again, in the same run.
+    assert is_calibrated(models["llama"], CODES) and means_for(models["llama"], CODES) is means
+    assert not is_calibrated(models["qwen2"], CODES)
 
 
 def test_strictly_a_damaged_file_is_an_error(models, state_home: Path, monkeypatch) -> None:

@@ -173,6 +173,22 @@ def test_what_a_chat_has_forgotten_is_not_in_its_file(tmp_path):
     assert session_nbytes(talk.engine, talk) == 0
 
 
+def test_what_another_conversation_said_is_not_in_the_file(tmp_path):
+    """Two chats under one system message; the memory of the first is gone when it is saved."""
+    model = conversation_for().engine.model
+    engine = Engine(model, EngineSettings(ctx_size=256, parallel=2, prefill_chunk=64, kv=CODES))
+    first, second, third = (Conversation(engine, system=system) for system in ("Be brief.", "Be brief.", "Sing."))
+    hear(first, "One?", "First.")
+    hear(second, "A secret?", "Yes.")
+    save_session(engine, first, tmp_path / "s")
+    hear(third, "Two?", "Second.")  # in the slot of the first, which is the older
+    for talk, kept in ((first, False), (second, True)):
+        save_session(engine, talk, tmp_path / "s")
+        _, arrays = load_arrays(tmp_path / "s", KIND, VERSION, 1 << 30)
+        text = model.tokenizer.decode(arrays["ids"].tolist())
+        assert ("secret" in text) is kept and bool(text) is kept
+
+
 def test_thinking_is_kept_unless_it_is_set_anew(tmp_path):
     talk = conversation_for(thinking=False)
     save_session(talk.engine, talk, tmp_path / "s")
@@ -352,6 +368,23 @@ def test_a_disk_that_fails_leaves_the_old_session(models, saved, monkeypatch):
     assert saved.read_bytes() == before and os.listdir(saved.parent) == ["s"]
 
 
+def test_a_load_that_breaks_off_leaves_an_empty_slot_that_says_so(models, saved, monkeypatch):
+    """The memory is gone then; a prompt that the slot knew must be computed again."""
+    engine, prompt = engine_for(models("qwen35"), CODES), tokens(20, seed=5)[0].tolist()
+    answer(engine, prompt, 3)
+    known = engine.slots.known(0)
+
+    def broken(array, dtype):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("turbomoe.engine.session.to_tensor", broken)
+    with pytest.raises(KeyboardInterrupt):
+        load_session(engine, 0, saved)
+    assert engine.slots.known(0) == [] and engine.runner.memory.host_lengths == [0]
+    anew = engine_for(models("qwen35"), CODES)
+    assert answer(engine, [*known, 1], 3) == answer(anew, [*known, 1], 3)
+
+
 # Damaged and forged files
 
 
@@ -383,7 +416,8 @@ def test_four_hundred_mutants_are_refused(models, saved):
 
 HEADERS: list[tuple[str, Any]] = [
     ("model", None), ("model", []), ("model", {"name": "x"}), ("depends_on", None), ("depends_on", {}),
-    ("kind", "poem"), ("kind", None), ("messages", None), ("messages", [1]), ("messages", [{"role": "user"}]),
+    ("kind", "poem"), ("kind", None), ("kind", []), ("messages", None), ("messages", [1]),
+    ("messages", [{"role": "user"}]),
     ("messages", [{"role": "user", "content": 3}]), ("seen_text", None), ("messages", {"role": "user"}),
     ("thinking", "yes"),
 ]  # fmt: skip

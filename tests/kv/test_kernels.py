@@ -15,8 +15,11 @@ import pytest
 import torch
 
 from tests.kv.contract import Case, errors, filled, fresh, open_step
+from turbomoe.config import KVSettings
 from turbomoe.kv import decode
+from turbomoe.kv.cache import KVCache
 from turbomoe.kv.kernels import decode_attention, unsupported
+from turbomoe.kv.shape import AttentionShape
 from turbomoe.kv.trellis_codebook import TRELLISES, codebook
 
 pytest.importorskip("triton")
@@ -32,10 +35,12 @@ CASES = [
     Case(64, 4, 2, "q8_0", "bf16", (150, 3)),
     Case(64, 4, 2, "f16", "q8_0", (150,)),
     Case(64, 4, 2, "bf16", "bf16", (0, 70), sink=0, recent=0),
+    Case(64, 4, 2, "tq4", "tcq4", (0, 1, 70), sink=0, recent=0),
+    Case(64, 4, 2, "tcq4", "tq4", (0, 7, 8, 80), sink=8, recent=0),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.head_dim} {c.type_k} {c.type_v}")
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.head_dim} {c.type_k} {c.type_v} {c.sink} {c.recent}")
 def test_the_error_is_at_most_twice_that_of_plain_pytorch(case: Case) -> None:
     from turbomoe.kv.kernels.launch import attend_one
 
@@ -43,11 +48,12 @@ def test_the_error_is_at_most_twice_that_of_plain_pytorch(case: Case) -> None:
     assert ours <= 2 * plain
 
 
-@pytest.mark.parametrize("lengths", [(0, 1, 8), (39, 40, 41), (100, 5)])
-def test_the_new_token_is_stored_as_the_reference_stores_it(lengths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("windows", [(8, 32), (8, 0), (0, 0), (0, 16)], ids=str)
+@pytest.mark.parametrize("lengths", [(0, 1, 8), (39, 40, 41), (100, 5)], ids=str)
+def test_the_new_token_is_stored_as_the_reference_stores_it(lengths: tuple[int, ...], windows: tuple[int, int]) -> None:
     from turbomoe.kv.kernels.launch import attend_one
 
-    case = Case(64, 2, 2, "tq3", "tq3", lengths)
+    case = Case(64, 2, 2, "tq3", "tq3", lengths, *windows)
     stored = []
     for attend in (attend_one, decode.attend_one):
         cache = filled(case, "cpu")
@@ -56,6 +62,28 @@ def test_the_new_token_is_stored_as_the_reference_stores_it(lengths: tuple[int, 
         stored.append([t for side in cache.attention[0] for t in (side.sinks, side.ring, *side.planes)])
     for ours, reference in zip(*stored, strict=True):
         assert torch.equal(ours.view(torch.uint8), reference.view(torch.uint8))
+
+
+@pytest.mark.parametrize("length", [3, 16, 200])
+def test_a_sliding_window_reads_its_ring_and_no_pages(length: int) -> None:
+    from turbomoe.kv.kernels.launch import attend_one
+
+    shapes = [AttentionShape(0, 4, 2, 64, window=17), AttentionShape(1, 4, 2, 64)]
+    random = torch.Generator().manual_seed(3)
+    cache = KVCache(shapes, KVSettings("tq3", "tq3", 4, 16), slots=1, ctx_size=300)
+    cache.reserve(0, length + 1)
+    cache.host_lengths[0] = length
+    cache.lengths[0] = length
+    for side in cache.attention[0]:
+        side.ring.copy_(torch.randn(side.ring.shape, generator=random))
+    made = fresh(Case(64, 4, 2, "tq3", "tq3", (length,)), 1, 1, random, "cpu")
+    # The reference first: it stores the same token over the same row, so the kernel must find the ring as it was.
+    rings = [side.ring.clone() for side in cache.attention[0]]
+    expected = decode.attend_one(*made, *cache.attention[0], open_step(cache, [0]), 0.125)
+    for side, ring in zip(cache.attention[0], rings, strict=True):
+        side.ring.copy_(ring)
+    found = attend_one(*made, *cache.attention[0], open_step(cache, [0]), 0.125)
+    assert (found - expected).norm() <= 5e-3 * expected.norm()
 
 
 def test_stale_rows_do_not_reach_the_result() -> None:

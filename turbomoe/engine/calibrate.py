@@ -22,6 +22,7 @@ from turbomoe.notices import Notice, board
 CALIBRATION_TOKENS = 2048
 CHUNK = 512
 Progress = Callable[[int, int], None]
+_unkept: dict[Path, KVMeans] = {}  # what the disk would not take, for the rest of this process
 
 
 def means_path(identity: str) -> Path:
@@ -37,7 +38,8 @@ def needs_means(model: LoadedModel, kv: KVSettings) -> bool:
 
 def is_calibrated(model: LoadedModel, kv: KVSettings) -> bool:
     """Whether ``means_for`` will answer without running the model."""
-    return not needs_means(model, kv) or means_path(model.identity).exists()
+    path = means_path(model.identity)
+    return not needs_means(model, kv) or path in _unkept or path.exists()
 
 
 def means_for(model: LoadedModel, kv: KVSettings, progress: Progress | None = None) -> KVMeans | None:
@@ -48,6 +50,8 @@ def means_for(model: LoadedModel, kv: KVSettings, progress: Progress | None = No
     if not needs_means(model, kv):
         return None
     path = means_path(model.identity)
+    if path in _unkept:
+        return _unkept[path]
     if path.exists():
         try:
             return KVMeans.load(path, model.identity)
@@ -62,6 +66,7 @@ def _keep(means: KVMeans, path: Path) -> None:
     try:
         means.save(path)
     except WriteError as error:
+        _unkept[path] = means
         avoid = "make room there, or set TURBOMOE_HOME to a folder that can be written"
         board.post(Notice("the means are not kept", str(error).rstrip("."), "calibrating again next time", avoid))
 

@@ -130,7 +130,11 @@ def _load(engine: Engine, into: Conversation | int, slot: int, file: ArrayFile) 
     if ids:
         memory = engine.runner.memory
         types = {part.name: part.dtype for part in parts(memory, slot, len(ids))}
-        restore(memory, slot, len(ids), lambda name: to_tensor(file.read(name), types[name]))
+        try:
+            restore(memory, slot, len(ids), lambda name: to_tensor(file.read(name), types[name]))
+        except BaseException:  # too little memory, Ctrl-C: the slot is empty now, and must not be taken for what it was
+            engine.slots.forget(slot)
+            raise
         engine.slots.replace(slot, ids)
     if isinstance(into, Conversation):
         into.resume(transcript)

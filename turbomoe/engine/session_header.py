@@ -69,7 +69,7 @@ def check_origin(engine: Engine, header: Mapping[str, Any]) -> None:
 def read_transcript(header: Mapping[str, Any], kind: str | None, seen: list[int]) -> Transcript:
     """What was said, each field checked. Raises ``RecordError``, also unless it is of ``kind`` (None: any)."""
     found = header.get("kind")
-    if found not in KINDS:
+    if not isinstance(found, str) or found not in KINDS:
         raise RecordError("its kind is unknown")
     if kind not in (None, found):
         fix = "A chat goes on with turbomoe chat or run, plain text with turbomoe run --raw"

@@ -58,9 +58,13 @@ class SlotPool:
         return list(self._idle[slot])
 
     def knowing(self, ids: Sequence[int]) -> int | None:
-        """The idle slot whose memory shares the longest beginning with ``ids``; None where none shares any."""
-        slot = max(self._idle, key=lambda s: common_prefix(self._idle[s], ids), default=None)
-        return slot if slot is not None and common_prefix(self._idle[slot], ids) else None
+        """The idle slot that knows most of ``ids`` and nothing that departs from them; None where there is none.
+
+        A memory that departs is another conversation's, behind the same system message.
+        """
+        alike = {slot: common_prefix(known, ids) for slot, known in self._idle.items()}
+        mine = [slot for slot, same in alike.items() if 0 < same == min(len(self._idle[slot]), len(ids))]
+        return max(mine, key=alike.__getitem__, default=None)
 
     def spare(self) -> int:
         """The idle slot with the least to lose: an empty one, else the oldest. Raises ``RequestError`` without any."""

@@ -36,7 +36,10 @@ from turbomoe.insight.kv_record import (
 from turbomoe.insight.kv_search import ANCHOR, EXACT, LADDER, Found, Judge, Measured, Pair, Search
 from turbomoe.kv.means import KVMeans, MeansError
 from turbomoe.models.base import LoadedModel
+from turbomoe.native.library import load_core
 from turbomoe.notices import Notice, board
+
+CODES = 1  # raised when a codec's codes or the transform before them come to mean something else
 
 
 class _NotMeasured(Exception):
@@ -90,13 +93,14 @@ def known_kv_types(facts: Facts, settings: EngineSettings) -> EngineSettings | N
 
 
 def text_key(kv: KVSettings, context_length: int) -> str:
-    """Names the text of a check: which part of which text is up to ``check_tokens`` and this module's version."""
+    """Names the text of a check: which part of which text is up to ``check_tokens``."""
     return f"moby-dick/{check_tokens(kv, context_length)}"
 
 
 def arithmetic(settings: EngineSettings) -> str:
-    """Names the precision of a run: packed weights alone move a KL by as much as q8_0 does."""
-    return f"{settings.device.partition(':')[0]} {settings.dtype}"
+    """Names what computes a run: packed weights alone move a KL by as much as q8_0 does, and new codes are others."""
+    core = "plain" if load_core() is None else "core"
+    return f"{settings.device.partition(':')[0]} {settings.dtype} {core} codes {CODES}"
 
 
 def nothing_to_check(model: LoadedModel, settings: EngineSettings) -> str:
@@ -163,7 +167,7 @@ def _load(identity: str, conditions: Conditions) -> Checks:
     try:
         checks = load_checks(path, identity)
     except RecordedError as error:
-        board.post(Notice("checking the KV types again", str(error).rstrip("."), "about a minute"))
+        board.post(Notice("checking the KV types again", str(error).rstrip("."), "about a minute", "delete the file"))
         return {}
     kept = {known: arms for known, arms in checks.items() if not known.basis or known.basis == conditions.basis}
     if not conditions.basis:

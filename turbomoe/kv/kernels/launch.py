@@ -18,6 +18,7 @@ PROGRAMS_PER_SM = 3
 EARLY = True
 BLOCK, COLUMNS = 64, 64  # parts that are merged at a time, and columns of a program that does
 WARPS, REGISTERS, STAGES = 4, 168, 3  # registers a thread so that three programs fit an SM
+NEVER = 2**31 - 1  # more tokens than any context: nothing lies that far behind
 
 
 def interpreted() -> bool:
@@ -53,8 +54,8 @@ def attend_one(
     batch, heads, _, dim = query.shape
     kv_heads = key.shape[1]
     key, value = (x.to(side.exact_dtype).contiguous() for x, side in ((key, keys), (value, values)))
-    paged = keys.sink == keys.recent == 0
-    if paged:
+    paged = keys.is_exact and values.is_exact
+    if keys.recent == 0:  # nothing leaves a ring later: the new token is encoded now, and read exactly beside its code
         keys.keep(key, step)
         values.keep(value, step)
     device, rows = query.device, batch * heads
@@ -83,7 +84,7 @@ def attend_one(
         ROTATED=keys.rotated, HAS_MEAN=keys.mean is not None, HAS_SPREAD=keys.scale is not None, PAIRS=pairs,
         HALF=triton.next_power_of_2(max(pairs, 1)), num_warps=1,
     )  # fmt: skip
-    behind = -1 if paged else keys.sink + keys.recent
+    behind = -1 if paged else NEVER if keys.codec is None else keys.sink + keys.recent
     precision = "ieee" if torch.float32 in (keys.exact_dtype, values.exact_dtype) else "tf32"
     decode.attend[(splits + windows, batch * kv_heads)](
         query, turned, factors, offsets, step.starts, step.slots, step.pages, *k[:4], keys.sinks, keys.ring, key,
