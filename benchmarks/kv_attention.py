@@ -270,17 +270,22 @@ MEMORY = """\
 FOOT = """\
 ## How to read this
 
-The goals were 2.5 times bf16's speed for 2 to 4 scalar bits and 1.8 times for the 2-bit trellis at 262,144 tokens of
-the
-397B shape, at most 1.15 times its time at 4,096, and faster from 32,768 on for every type. On this GPU only `tq2`,
-`tq3`, `tq4` and
-`tcq2` are faster than bf16 at long context, and none by that much: decoding costs arithmetic, not bytes, and this GPU
-has 1.4 times the memory bandwidth of an H100 with the same arithmetic. `bf16` is the fastest of PyTorch's backends in
-each row
-(cuDNN's). Half-precision pairs (HFMA2, HMUL2) run at half the rate of single-precision instructions here, which makes
-a trellis value of 8 such operations dear; see docs/log.md for what was tried. `q8_0` and `bf16` rows are there to be
-complete: they are
-kept for fidelity, and their path through this kernel was not tuned."""
+The goals were 2.5 times bf16's speed for 2 to 4 scalar bits and 1.8 times for the 2-bit trellis at 262,144 tokens of the
+397B shape, at most 1.15 times its time at 4,096, and faster from 32,768 on for every type. **They were not reached**: on
+this GPU only `tq2`, `tq3`, `tq4` and `tcq2` are faster than bf16 at long context, and none by that much. Decoding costs
+arithmetic, not bytes, and this GPU has 1.4 times the memory bandwidth of an H100 with the same arithmetic. `bf16 us` is the
+fastest of PyTorch's backends in each row (cuDNN's). Half-precision pairs run at half the rate of single-precision
+instructions here, which makes a trellis value of 8 such operations dear; [log.md](log.md) has what was tried. The `q8_0` and
+`bf16` rows are there to be complete: their path through this kernel was not tuned.
+
+Times and memory were taken without key means and scales; with them a query meets one mean a page more. Since then
+the way in which caches without a ring and sliding-window layers enter the kernel was mended, tested in Triton's
+interpreter only.
+
+**Not run on a GPU yet**: the kernels for prompts (`kv/kernels/prefill.py`) and for encoding by trellis (`kv/kernels/encode.py`). Both
+agree with their references in the interpreter or by exact arithmetic, compile for the GPUs named in their tests, and check
+themselves against PyTorch on the device before they are used. `python benchmarks/kv_prefill.py` and
+`python benchmarks/kv_encode.py --cuda` are their measurements to come."""
 
 
 def main() -> None:
