@@ -245,21 +245,17 @@ HEAD = """\
 
 Written by `python benchmarks/kv_attention.py write`. What was measured: `python benchmarks/kv_attention.py measure`
 (times, inside CUDA graphs), `python benchmarks/kv_kernel_matrix.py` (errors), `python benchmarks/kv_memory.py`
-(bytes). Three Triton
-kernels and one small one more (`turbomoe/kv/kernels/decode.py`) do a layer's attention of one new token: the query
-rotated,
-pages of codes and exact windows in one softmax, the parts put together, the output turned back, the new token
-stored."""
+(bytes). Three Triton kernels and one small one more (`turbomoe/kv/kernels/decode.py`) do a layer's attention of one
+new token: the query rotated, pages of codes and exact windows in one softmax, the parts put together, the output
+turned back, the new token stored."""
 
 CONTRACT = """\
 ## Errors
 
 {date}, {device}: {count} pairs of types and head sizes over sequences of 0 to 4,097 tokens, 1 to 16 queries a KV
 head, bf16 and fp16 models, windows of 8/31 and 64/256, means that turn and that do not; {bad} outside the contract
-(at most twice
-the error of plain PyTorch in the same precision, against float64). The worst: {ratio:.2f} times PyTorch's, keys {k},
-values
-{v}, heads of {dim}. The assembly's trellis values equal the tables bit for bit."""
+(at most twice the error of plain PyTorch in the same precision, against float64). The worst: {ratio:.2f} times
+PyTorch's, keys {k}, values {v}, heads of {dim}. The assembly's trellis values equal the tables bit for bit."""
 
 MEMORY = """\
 ## Memory
@@ -270,22 +266,22 @@ MEMORY = """\
 FOOT = """\
 ## How to read this
 
-The goals were 2.5 times bf16's speed for 2 to 4 scalar bits and 1.8 times for the 2-bit trellis at 262,144 tokens of the
-397B shape, at most 1.15 times its time at 4,096, and faster from 32,768 on for every type. **They were not reached**: on
-this GPU only `tq2`, `tq3`, `tq4` and `tcq2` are faster than bf16 at long context, and none by that much. Decoding costs
-arithmetic, not bytes, and this GPU has 1.4 times the memory bandwidth of an H100 with the same arithmetic. `bf16 us` is the
-fastest of PyTorch's backends in each row (cuDNN's). Half-precision pairs run at half the rate of single-precision
-instructions here, which makes a trellis value of 8 such operations dear; [log.md](log.md) has what was tried. The `q8_0` and
-`bf16` rows are there to be complete: their path through this kernel was not tuned.
+The goals were 2.5 times bf16's speed for 2 to 4 scalar bits and 1.8 times for the 2-bit trellis at 262,144 tokens of
+the 397B shape, at most 1.15 times its time at 4,096, and faster from 32,768 on for every type. **They were not
+reached**: on this GPU only `tq2`, `tq3`, `tq4` and `tcq2` are faster than bf16 at long context, and none by that
+much. Decoding costs arithmetic, not bytes, and this GPU has 1.4 times the memory bandwidth of an H100 with the same
+arithmetic. `bf16 us` is the fastest of PyTorch's backends in each row (cuDNN's). Half-precision pairs run at half the
+rate of single-precision instructions here, which makes a trellis value of 8 such operations dear; [log.md](log.md)
+has what was tried. The `q8_0` and `bf16` rows are there to be complete: their path through this kernel was not tuned.
 
-Times and memory were taken without key means and scales; with them a query meets one mean a page more. Since then
-the way in which caches without a ring and sliding-window layers enter the kernel was mended, tested in Triton's
+Times and memory were taken without key means and scales; with them a query meets one mean a page more. Since then the
+way in which caches without a ring and sliding-window layers enter the kernel was mended, tested in Triton's
 interpreter only.
 
-**Not run on a GPU yet**: the kernels for prompts (`kv/kernels/prefill.py`) and for encoding by trellis (`kv/kernels/encode.py`). Both
-agree with their references in the interpreter or by exact arithmetic, compile for the GPUs named in their tests, and check
-themselves against PyTorch on the device before they are used. `python benchmarks/kv_prefill.py` and
-`python benchmarks/kv_encode.py --cuda` are their measurements to come."""
+**Not run on a GPU yet**: the kernels for prompts (`kv/kernels/prefill.py`) and for encoding by trellis
+(`kv/kernels/encode.py`). Both agree with their references in the interpreter or by exact arithmetic, compile for the
+GPUs named in their tests, and check themselves against PyTorch on the device before they are used. `python
+benchmarks/kv_prefill.py` and `python benchmarks/kv_encode.py --cuda` are their measurements to come."""
 
 
 def main() -> None:
