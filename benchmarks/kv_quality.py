@@ -7,21 +7,23 @@
     python benchmarks/kv_quality.py write                                  # docs/kv-quality.md from those files
 
 The ceiling of this measurement is the noise floor: an exact float32 cache against the bf16 reference. Weights and
-activations are float32, so that nothing but the cache differs from arm to arm; ``auto`` runs as ``turbomoe run`` does.
+activations are float32 unless ``--packed``; ``auto`` runs as ``turbomoe run`` does.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import platform
 from dataclasses import replace
 from importlib.metadata import version
 from math import inf
 from pathlib import Path
+from typing import Any
 
-from kv_quality_document import DOCUMENT, RESULTS, checks, compose
+from kv_quality_document import DOCUMENT, RESULTS, checks, compose, load
 
 from turbomoe.cli.eval import parse_spec, render
 from turbomoe.cli.loading import Bar, quiet_transformers
@@ -31,31 +33,39 @@ from turbomoe.insight.divergence import compare, label_of
 from turbomoe.insight.texts import NAME, judgement_text
 from turbomoe.kv.means import KVMeans
 
-CODECS = [
-    "q8_0", "tcq4", "tq4", "q8_0/tcq2", "tcq3", "tq3", "tcq3/tcq2.5", "tcq3/tcq2", "tq3/tq2", "tcq2.5", "tcq2.5/tcq2",
-    "tcq2", "tq2",
-]  # fmt: skip
+LEVELS = ["tcq4", "tq4", "tcq3", "tq3", "tcq2", "tq2"]
+REST = ["q8_0", "tcq2.5"]
+MIXED = ["q8_0/tcq2", "tcq3/tcq2.5", "tcq3/tcq2", "tq3/tq2", "tcq2.5/tcq2"]
 ABLATION = [f"{codec}{rest}" for codec in ("tcq3", "tcq2") for rest in ("@0+0", "@128+1024", "-means")]
 UNSCALED = ["tcq3", "tcq2"]  # with the means, without the key scales
-FEWER = [
-    "q8_0", "tcq4", "tq4", "tcq3", "tq3", "tcq3/tcq2.5", "tcq3/tcq2", "tcq2.5", "tcq2.5/tcq2", "tcq2", "tq2",
-]  # fmt: skip
 LONG = ["q8_0", "tcq3", "tq3", "tcq3/tcq2.5", "tcq2.5", "tcq2"]
-FEWER_ABLATION = [f"{codec}{rest}" for codec in ("tcq3", "tcq2") for rest in ("@0+0", "-means")]
-ARMS = {"all": (CODECS, ABLATION, UNSCALED), "fewer": (FEWER, FEWER_ABLATION, UNSCALED), "long": (LONG, [], [])}
+ARMS: dict[str, tuple[list[str], list[str], list[str]]] = {
+    "all": ([*LEVELS, *REST, *MIXED], ABLATION, UNSCALED),
+    "levels": (LEVELS, [], []),
+    "rest": (REST, [], []),
+    "mixed": (MIXED, [], []),
+    "ablation": ([], ABLATION, UNSCALED),
+    "long": (LONG, [], []),
+}
+
+CONDITIONS = ("identity", "means", "text", "tokens", "arithmetic", "cpu", "versions")
+Row = dict[str, Any]
 
 
-def measure(reference: str, name: str, tokens: int, arms: str) -> None:
-    """Judge every setting on one model and store the verdicts with date, hardware and versions."""
+def measure(reference: str, name: str, tokens: int, arms: str, packed: bool) -> None:
+    """Judge every setting on one model and store the verdicts with date, hardware and versions.
+
+    Rows that an earlier run under the same conditions left in the file stay, so that arms may be measured in parts.
+    """
     quiet_transformers()
     from turbomoe.engine.calibrate import means_for
     from turbomoe.models import load_model
     from turbomoe.upstream.prompts import encode_text
 
-    model = load_model(resolve(reference), EngineSettings(ctx_size=tokens, dtype="float32"))
+    model = load_model(resolve(reference), EngineSettings(ctx_size=tokens, dtype="auto" if packed else "float32"))
     ids = encode_text(model.tokenizer, judgement_text())[:tokens]
     codecs, ablation, unscaled = ARMS[arms]
-    means = means_for(model, parse_spec(codecs[-1]))
+    means = means_for(model, parse_spec("tcq2"))
     assert means is not None
     with Bar("judging", unit="token") as bar:
         specs = [parse_spec(spec) for spec in [*codecs, *ablation]]
@@ -66,13 +76,13 @@ def measure(reference: str, name: str, tokens: int, arms: str) -> None:
         "means": means.digest,
         "text": NAME,
         "tokens": len(ids),
+        "arithmetic": "packed weights, activations in 8 bits" if packed else "weights and activations in float32",
         **circumstances(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "base": [verdict.to_json() for verdict in verdicts[:2]],
-        "codecs": [verdict.to_json() for verdict in verdicts[2 : 2 + len(codecs)]],
-        "ablation": [verdict.to_json() for verdict in verdicts[2 + len(codecs) :]],
     }
-    store(name, record)
+    groups = {"base": 2, "codecs": len(codecs), "ablation": len(ablation) + len(unscaled)}
+    rows = iter([verdict.to_json() for verdict in verdicts])
+    measured = {group: list(itertools.islice(rows, size)) for group, size in groups.items()}
+    store(name, record | merged(name, record, measured))
     print(render(verdicts))
     print(json.dumps(record))
 
@@ -105,6 +115,17 @@ def measure_auto(reference: str, name: str) -> None:
     }
     store(f"auto-{name}", record)
     print(json.dumps(record))
+
+
+def merged(name: str, record: dict[str, object], measured: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """The rows of each group, with those of the file before them where it was measured under the same conditions."""
+    known = load(name)
+    if known is None or any(known[key] != record[key] for key in CONDITIONS):
+        return measured
+    return {
+        group: [*(row for row in known[group] if row["label"] not in {new["label"] for new in rows}), *rows]
+        for group, rows in measured.items()
+    }
 
 
 def unscaled_arms(specs: list[str], means: KVMeans) -> dict[str, tuple[KVSettings, KVMeans]]:
@@ -140,6 +161,7 @@ def main() -> None:
     one.add_argument("--name", required=True)
     one.add_argument("--tokens", type=int, default=4096)
     one.add_argument("--arms", choices=ARMS, default="all")
+    one.add_argument("--packed", action="store_true", help="the arithmetic of turbomoe run: faster, with more noise")
     auto = verbs.add_parser("auto")
     auto.add_argument("reference")
     auto.add_argument("--name", required=True)
@@ -147,7 +169,7 @@ def main() -> None:
     verbs.add_parser("write")
     args = parser.parse_args()
     if args.verb == "measure":
-        measure(args.reference, args.name, args.tokens, args.arms)
+        measure(args.reference, args.name, args.tokens, args.arms, args.packed)
     elif args.verb == "auto":
         measure_auto(args.reference, args.name)
     elif args.verb == "check":

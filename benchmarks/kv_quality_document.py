@@ -107,11 +107,12 @@ Mean KL at equal bits and windows, {WINDOWS}:
 
 def _model_section(name: str, record: Record) -> str:
     base, codecs, ablation = ([Divergence(**row) for row in record[key]] for key in ("base", "codecs", "ablation"))
+    codecs.sort(key=lambda row: -row.bits_per_value)
     compared = [row for row in codecs if row.label in {f"tcq3 {WINDOWS}", f"tcq2 {WINDOWS}"}]
     rows = sorted([*ablation, *compared], key=lambda row: row.label.split()[0])
     parts = [
         f"## {record['model']}",
-        f"{record['tokens']} tokens of {record['text']}. {_stamp(record)}; weights and activations {record['dtype']}.",
+        f"{record['tokens']} tokens of {record['text']}. {_stamp(record)}; {record['arithmetic']}.",
         render([*base, *codecs]),
         _peer_part(name),
         "What the windows, the means and the key scales are worth (the last row of each type has all of them):",
@@ -191,7 +192,7 @@ def _long_section() -> str:
     parts = []
     for record in long:
         rows = [Divergence(**row) for row in [*record["base"], *record["codecs"]]]
-        stamp = f"{record['tokens']} tokens of {record['text']}. {_stamp(record)}; {record['dtype']}."
+        stamp = f"{record['tokens']} tokens of {record['text']}. {_stamp(record)}; {record['arithmetic']}."
         parts += [f"### {record['model']}, {record['tokens']} tokens", stamp, render(rows)]
     for record in needles:
         rows = [_needle_row(arm, record["needles"]) for arm in record["arms"]]

@@ -17,7 +17,7 @@ model and text: `turbomoe eval -m MODEL --text FILE --kv tcq3 --kv tcq2.5/tcq2`.
   windows. At a few thousand tokens the windows weigh much; codes alone are 0.25 bits above their name at head size 64
   and 0.06 at 256. Sliding-window layers (Gemma 3) stay exact and are left out of the rate.
 - llama.cpp's rows count its blocks alone (its caches have no windows). Its weights and activations are packed; its own
-  noise floor, an f32 cache against f16, stands beside them. It stores sliding-window layers in the same type."""
+  noise floor, a bf16 cache against f16, stands beside them. It stores sliding-window layers in the same type."""
 
 LONG = """\
 ## Long contexts, and needles
@@ -29,8 +29,8 @@ answers with these digits, greedily. KL is over the whole text."""
 FOOT = """\
 ## How to read this
 
-- **Windows** are the first thing to have: compare the rows `0/0` with `64/256`. A window is a fixed number of tokens, so
-  the longer the context, the less it weighs in bits.
+- **Windows** are the first thing to have: compare the rows `0/0` with `64/256`. A window is a fixed number of tokens,
+  so the longer the context, the less it weighs in bits.
 - **Means and key scales** are what keeps models with large biases in their keys (Qwen2.5) or a few large channels
   (Gemma 3): the rows "no means" have neither, the rows "no scales" have means that turn with the page and nothing else.
 - **The trellis** is worth about half a bit: `tcq2.5` stands where `tq3` stood, for half a bit less.
