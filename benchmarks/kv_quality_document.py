@@ -137,12 +137,14 @@ def _before_section(records: Mapping[str, Record]) -> str:
     rows = []
     for name, record in records.items():
         before = load(f"before/{name}")
-        if before is None:
+        if before is None or before["tokens"] != record["tokens"]:
             continue
         then, now = kls(before, "results"), kls(record, "codecs")
         for label in then:
             if label in now and label.startswith(("tq", "K tq")):
                 rows.append([record["model"], label, f"{then[label]:.5f}", f"{now[label]:.5f}"])
+    if not rows:
+        return ""
     return f"""\
 ## Means that turn and key scales, before and after
 
