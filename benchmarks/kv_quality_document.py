@@ -76,11 +76,21 @@ def compose() -> str:
         _trellis_section(records),
         *(_model_section(name, record) for name, record in records.items()),
         _before_section(records),
+        _missing([name for name in ORDER if name not in records]),
         _auto_section(),
         _long_section(),
         FOOT,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _missing(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    return f"""\
+## Not measured
+
+{", ".join(names)}, since these codecs came. `python benchmarks/kv_quality.py measure FILE --name NAME` does it."""
 
 
 def _stamp(record: Record) -> str:
