@@ -65,11 +65,12 @@ def measure(reference: str, name: str, tokens: int, arms: str, packed: bool) -> 
     model = load_model(resolve(reference), EngineSettings(ctx_size=tokens, dtype="auto" if packed else "float32"))
     ids = encode_text(model.tokenizer, judgement_text())[:tokens]
     codecs, ablation, unscaled = ARMS[arms]
-    means = means_for(model, parse_spec("tcq2"))
+    means, stamp = means_for(model, parse_spec("tcq2")), circumstances()
     assert means is not None
     with Bar("judging", unit="token") as bar:
         specs = [parse_spec(spec) for spec in [*codecs, *ablation]]
         verdicts = compare(model, ids, specs, bar, unscaled_arms(unscaled, means))
+    print(render(verdicts))
     record = {
         "model": model.name,
         "identity": model.identity,
@@ -77,13 +78,12 @@ def measure(reference: str, name: str, tokens: int, arms: str, packed: bool) -> 
         "text": NAME,
         "tokens": len(ids),
         "arithmetic": "packed weights, activations in 8 bits" if packed else "weights and activations in float32",
-        **circumstances(),
+        **stamp,
     }
     groups = {"base": 2, "codecs": len(codecs), "ablation": len(ablation) + len(unscaled)}
     rows = iter([verdict.to_json() for verdict in verdicts])
     measured = {group: list(itertools.islice(rows, size)) for group, size in groups.items()}
     store(name, record | merged(name, record, measured))
-    print(render(verdicts))
     print(json.dumps(record))
 
 
