@@ -17,6 +17,7 @@ RESULTS = Path(__file__).parent / "results" / "kv_quality"
 DOCUMENT = Path(__file__).parent.parent / "docs" / "kv-quality.md"
 ORDER = ["smollm2", "gemma3-270m", "qwen2.5-coder-0.5b"]
 WINDOWS = "64/256"
+WORTH = "What the windows, the means and the key scales are worth (the last row of each type has all of them):"
 GOAL = 0.25  # by how much the trellis must beat the scalar codec's mean KL, on the models of ORDER[:2]
 SCALAR = {"tcq2": "tq2", "tcq3": "tq3", "tcq4": "tq4"}
 Record = Mapping[str, Any]
@@ -55,7 +56,10 @@ def _trellis_checks(name: str) -> Iterable[tuple[str, str]]:
             continue
         saved = 1 - ours / theirs
         verdict = ("holds " if saved >= GOAL else "FAILS ") if name in ORDER[:2] else "      "
-        yield verdict, f"{name}: {trellis} {ours:.5f}, {scalar} {theirs:.5f}: {saved:.0%} less"
+        yield (
+            verdict,
+            f"{name}: {trellis} {ours:.5f}, {scalar} {theirs:.5f}: {saved:.0%} less over {record['tokens']} tokens",
+        )
 
 
 def _auto_check(name: str) -> str:
@@ -106,13 +110,16 @@ def _trellis_section(records: Mapping[str, Record]) -> str:
             pair = [found.get(f"{codec} {WINDOWS}") for codec in (trellis, scalar)]
             if None not in pair:
                 ours, theirs = (float(kl) for kl in pair if kl is not None)
-                rows.append([record["model"], trellis[3:], f"{theirs:.5f}", f"{ours:.5f}", f"{1 - ours / theirs:.0%}"])
+                saved = f"{1 - ours / theirs:.0%}"
+                rows.append(
+                    [record["model"], str(record["tokens"]), trellis[3:], f"{theirs:.5f}", f"{ours:.5f}", saved]
+                )
     return f"""\
 ## Trellis against scalar codes
 
 Mean KL at equal bits and windows, {WINDOWS}:
 
-{table(["model", "bits", "tq (scalar)", "tcq (trellis)", "less by"], rows)}"""
+{table(["model", "tokens", "bits", "tq (scalar)", "tcq (trellis)", "less by"], rows)}"""
 
 
 def _model_section(name: str, record: Record) -> str:
@@ -125,8 +132,7 @@ def _model_section(name: str, record: Record) -> str:
         f"{record['tokens']} tokens of {record['text']}. {_stamp(record)}; {record['arithmetic']}.",
         render([*base, *codecs]),
         _peer_part(name),
-        "What the windows, the means and the key scales are worth (the last row of each type has all of them):",
-        render(rows),
+        *([WORTH, render(rows)] if ablation else []),
     ]
     return "\n\n".join(part for part in parts if part)
 

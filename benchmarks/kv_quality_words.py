@@ -12,7 +12,7 @@ model and text: `turbomoe eval -m MODEL --text FILE --kv tcq3 --kv tcq2.5/tcq2`.
   `tcq3` codes the same vector along a tail-biting trellis, in as many bits.
 - KL is the divergence of the next-token distribution from the bf16 cache's, in nats a token; "same top" how often the
   likeliest token stays the same. The noise floor is an exact float32 cache against bf16: rounding alone does that. A KL
-  near it says nothing.
+  near it says nothing. KL grows with the context, so compare rows of one table, not tables of different lengths.
 - Bits per value count everything that is allocated for a cache of this length: codes, scales, page padding, exact
   windows. At a few thousand tokens the windows weigh much; codes alone are 0.25 bits above their name at head size 64
   and 0.06 at 256. Sliding-window layers (Gemma 3) stay exact and are left out of the rate.
@@ -33,7 +33,7 @@ FOOT = """\
   so the longer the context, the less it weighs in bits.
 - **Means and key scales** are what keeps models with large biases in their keys (Qwen2.5) or a few large channels
   (Gemma 3): the rows "no means" have neither, the rows "no scales" have means that turn with the page and nothing else.
-- **The trellis** is worth about half a bit: `tcq2.5` stands where `tq3` stood, for half a bit less.
+- **The trellis** is worth about half a bit at 3 bits: `tcq2.5` stands where `tq3` stands, for half a bit less.
 - **Keys or values first?** Compare pairs of equal bits; where in doubt leave it to `auto`."""
 
 AUTO = """\
