@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from tests.tiny_models import logits, tiny_model, tokens, write_gguf
 from turbomoe.config import EngineSettings, KVSettings
+from turbomoe.engine.calibrate import means_for
 from turbomoe.engine.runner import ModelRunner
 from turbomoe.experts.base import Phase
 from turbomoe.insight import divergence
@@ -128,6 +130,18 @@ def test_exact_windows_help(model: LoadedModel, ids: list[int]) -> None:
 def test_means_are_used_where_the_settings_ask_for_them(model: LoadedModel, ids: list[int]) -> None:
     with_means, without = compare(model, ids, [SETTINGS[3], KVSettings("tq2", "tq2", 0, 0, means=False)])[2:]
     assert without.label == "tq2 0/0 no means" and with_means.mean_kl != without.mean_kl
+
+
+def test_others_bring_means_of_their_own(model: LoadedModel, ids: list[int]) -> None:
+    kv = SETTINGS[3]
+    means = means_for(model, kv)
+    assert means is not None
+    larger = replace(means, keys={layer: 9 * mean for layer, mean in means.keys.items()})
+    others = {"same": (kv, means), "worse": (kv, larger)}
+    own, same, worse = compare(model, ids, [kv], others=others)[2:]
+    assert (same.label, worse.label) == ("same", "worse")
+    assert replace(same, label=own.label) == own
+    assert worse.mean_kl != own.mean_kl
 
 
 def test_two_tokens_are_enough(model: LoadedModel) -> None:

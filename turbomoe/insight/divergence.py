@@ -7,7 +7,7 @@ Units: KL in nats per token, D(reference || setting); same-top as a share of tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from turbomoe.engine.runner import ModelRunner, check_finite
 from turbomoe.experts.base import Phase
 from turbomoe.hardware.memory import MemoryUse
 from turbomoe.kv.cache import EXACT_TYPES
+from turbomoe.kv.means import KVMeans
 from turbomoe.models.base import Forecast, LoadedModel
 
 CHUNK = 256
@@ -108,9 +109,15 @@ def compare(
     ids: Sequence[int],
     settings: Sequence[KVSettings],
     progress: Callable[[int, int], None] | None = None,
+    others: Mapping[str, tuple[KVSettings, KVMeans]] | None = None,
 ) -> list[Divergence]:
-    """Judge ``settings`` on the tokens ``ids``; the first verdict is the reference, the second the noise floor."""
+    """Judge ``settings`` on the tokens ``ids``; the first verdict is the reference, the second the noise floor.
+
+    ``others`` are judged too, each under its label and with means of its own in the place of the model's.
+    """
     arms = _arms(model, len(ids), settings)
+    for label, (kv, means) in (others or {}).items():
+        arms.append(_Arm(label, ModelRunner(model, kv, slots=1, ctx_size=len(ids), means=means)))
     report = progress or (lambda done, total: None)
     tokens = torch.tensor(ids)
     for at in range(0, len(ids), CHUNK):
