@@ -19,6 +19,7 @@ from turbomoe.config import KVSettings
 from turbomoe.kv import attention
 from turbomoe.kv.cache import KVCache
 from turbomoe.kv.kernels import prefill_attention
+from turbomoe.kv.kernels.checked import Checked
 from turbomoe.kv.prefill import attend_block as reference
 from turbomoe.kv.shape import AttentionShape
 
@@ -165,7 +166,8 @@ def test_memory_does_not_grow_with_the_context(monkeypatch, slab_blocks):
 
 def test_who_gets_the_kernel():
     bf16 = torch.bfloat16
-    assert prefill_attention("cuda", 64, 4, bf16, False).__module__.endswith("prefill_launch")
+    chosen = prefill_attention("cuda", 64, 4, bf16, False)
+    assert isinstance(chosen, Checked) and chosen.kernel is prefill_launch.attend_block and chosen.reference is reference
     assert prefill_attention("cpu", 64, 4, bf16, False) is reference
     for refused in ((64, 4, torch.float32, False), (64, 4, bf16, True), (64, 17, bf16, False), (96, 4, bf16, False)):
         assert prefill_attention("cuda", *refused) is reference
