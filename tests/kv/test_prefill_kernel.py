@@ -167,7 +167,8 @@ def test_memory_does_not_grow_with_the_context(monkeypatch, slab_blocks):
 def test_who_gets_the_kernel():
     bf16 = torch.bfloat16
     chosen = prefill_attention("cuda", 64, 4, bf16, False)
-    assert isinstance(chosen, Checked) and chosen.kernel is prefill_launch.attend_block and chosen.reference is reference
+    assert isinstance(chosen, Checked)
+    assert chosen.kernel is prefill_launch.attend_block and chosen.reference is reference
     assert prefill_attention("cpu", 64, 4, bf16, False) is reference
     for refused in ((64, 4, torch.float32, False), (64, 4, bf16, True), (64, 17, bf16, False), (96, 4, bf16, False)):
         assert prefill_attention("cuda", *refused) is reference
