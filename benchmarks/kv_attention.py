@@ -26,10 +26,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from tests.kv.contract import hold, open_step
 from turbomoe.cli.tables import table_lines
 from turbomoe.config import KVSettings
 from turbomoe.kv.cache import KVCache
-from turbomoe.kv.layer import Step
 from turbomoe.kv.shape import AttentionShape
 
 SHAPES = {"Qwen3.5-397B": (32, 2, 256), "Qwen3-30B": (32, 4, 128), "8 heads of 128": (32, 8, 128)}
@@ -84,18 +84,8 @@ def ours(shape: tuple[int, int, int], length: int, kind: str) -> Arm:
     count = copies(one.nbytes())
     layers = [AttentionShape(i, *shape) for i in range(count)]
     cache = KVCache(layers, settings, slots=1, ctx_size=length + 1, dtype=torch.bfloat16, device="cuda")
-    cache.reserve(0, length + 1)
-    cache.lengths[0] = length
-    for side in (side for pair in cache.attention.values() for side in pair):
-        for stored in (side.sinks, side.ring, *side.planes):
-            if stored.shape[-1] == 1:  # scales
-                stored.uniform_(0.5, 1.5)
-            elif stored.is_floating_point():
-                stored.normal_()
-            else:
-                stored.view(torch.uint8).random_(0, 256)
-    index = torch.zeros(1, dtype=torch.int64, device="cuda")
-    step = Step(index, cache.lengths[index], cache.pages.table[index], 1, length, length + 1)
+    hold(cache, length)
+    step = open_step(cache, [0])
     from turbomoe.kv.kernels import launch
 
     query = torch.randn(1, heads, 1, dim, device="cuda", dtype=torch.bfloat16)

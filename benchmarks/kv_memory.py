@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tests.kv.contract import dense, open_step, softmax_attention
+from tests.kv.contract import dense, hold, open_step, softmax_attention
 from turbomoe.config import KVSettings
 from turbomoe.kv.cache import KVCache
 from turbomoe.kv.kernels.launch import attend_one
@@ -36,17 +36,7 @@ def filled(kind: str) -> tuple[KVCache, int]:
     settings = KVSettings(kind, kind)
     cache = KVCache(shapes, settings, slots=1, ctx_size=TOKENS, dtype=torch.bfloat16, device="cuda")
     allocated = torch.cuda.memory_allocated() - before
-    cache.reserve(0, TOKENS)
-    cache.host_lengths[0] = TOKENS - 1
-    cache.lengths[0] = TOKENS - 1
-    for side in (side for pair in cache.attention.values() for side in pair):
-        for stored in (side.sinks, side.ring, *side.planes):
-            if stored.shape[-1] == 1:  # scales
-                stored.uniform_(0.5, 1.5)
-            elif stored.is_floating_point():
-                stored.normal_()
-            else:
-                stored.random_(0, 256)
+    hold(cache, TOKENS - 1)
     return cache, allocated
 
 

@@ -72,6 +72,21 @@ def _random(like: torch.Tensor, random: torch.Generator) -> torch.Tensor:
     return torch.randn(like.shape, generator=random) + 0.5
 
 
+def hold(cache: KVCache, tokens: int) -> None:
+    """Let slot 0 hold ``tokens`` random tokens, made where the cache is: for caches too large for ``filled``."""
+    cache.reserve(0, tokens + 1)
+    cache.host_lengths[0] = tokens
+    cache.lengths[0] = tokens
+    for side in (side for pair in cache.attention.values() for side in pair):
+        for stored in (side.sinks, side.ring, *side.planes):
+            if stored.shape[-1] == 1:  # scales
+                stored.uniform_(0.5, 1.5)
+            elif stored.is_floating_point():
+                stored.normal_()
+            else:
+                stored.view(torch.uint8).random_(0, 256)
+
+
 def open_step(cache: KVCache, slots: list[int]) -> Step:
     """What ``begin`` opens for one new token a sequence, without encoding what leaves the windows."""
     index = torch.tensor(slots, device=cache.device)

@@ -62,7 +62,7 @@ def test_slabs_and_parts(monkeypatch, rows, slab_blocks, processors, type_k, typ
     monkeypatch.setattr(prefill_launch, "_program", lambda device: (rows, 4, 1))
     monkeypatch.setattr(prefill_launch, "SLAB_BLOCKS", slab_blocks)
     monkeypatch.setattr(prefill_launch, "SLAB_BYTES", 0)
-    monkeypatch.setattr(prefill_launch, "_processors", lambda device: processors)
+    monkeypatch.setattr(prefill_launch, "processors", lambda device: processors)
     chunk = Chunk(64, 2, 1, type_k, type_v, (1300, 900), count=33, dtype=torch.float16)
     ours, plain = errors(chunk, prefill_launch.attend_block, "cpu")
     assert ours <= 2 * plain

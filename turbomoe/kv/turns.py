@@ -44,9 +44,13 @@ def page_scores(q: torch.Tensor, mean: torch.Tensor, turns: torch.Tensor) -> tor
     [..., kv_heads, rows, pages].
     A page costs 2r multiplications a query: what turns its mean is the same for all heads.
     """
-    r = turns.shape[-1] // 2
-    mean = mean[:, None, :]
-    still = (q[..., 2 * r :] * mean[..., 2 * r :]).sum(-1, keepdim=True)
+    turning, still = waves(q, mean[:, None, :], turns.shape[-1] // 2)
+    return turning @ turns.t() + still[..., None]
+
+
+def waves(q: torch.Tensor, mean: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The query's side of ``page_scores``: what meets the angles of a page, [..., 2r], and what stays, [...]."""
+    still = (q[..., 2 * r :] * mean[..., 2 * r :]).sum(-1)
     a, b = mean[..., :r], mean[..., r : 2 * r]
     qa, qb = q[..., :r], q[..., r : 2 * r]
-    return torch.cat((qa * a + qb * b, qb * a - qa * b), -1) @ turns.t() + still
+    return torch.cat((qa * a + qb * b, qb * a - qa * b), -1), still

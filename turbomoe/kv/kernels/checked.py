@@ -36,11 +36,16 @@ class Checked:
         try:
             why = _difference(self.kernel(*args), expected)
         except Exception as error:  # compilers and drivers raise what they like
-            why = f"it failed ({' '.join(str(error).split())[:120] or type(error).__name__})"
+            why = failure(error)
         self._passed[kind] = not why
         if why:
             board.post(Notice(f"the GPU kernel for {self.name} is not used", why, "it takes longer"))
         return expected
+
+
+def failure(error: Exception) -> str:
+    """What a compiler or a driver said, in a few words."""
+    return f"it failed ({' '.join(str(error).split())[:120] or type(error).__name__})"
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> str:

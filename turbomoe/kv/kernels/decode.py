@@ -2,14 +2,13 @@
 
 ``prepare`` turns the queries into the domain of the keys' codes; ``attend`` runs one program for each KV head and
 part of the context, all queries of the head together; ``merge`` sums the parts, ``finish`` turns what came from codes
-back and
-stores the new token in the windows. Lengths and page tables are read on the device and the grid depends on sizes that
-never change, so a CUDA graph may hold the launches. The reference is ``kv/decode.py``, with the same rule of windows.
+back and stores the new token in the windows. Lengths and page tables are read on the device and the grid depends on
+sizes that never change, so a CUDA graph may hold the launches. The reference is ``kv/decode.py``, with the same rule of
+windows.
 
 Parts [0, splits) read pages, the rest the windows. A part leaves the running maximum and sum of its softmax, in units
 of log2, and its weighted values. Values' scales are folded into the weights, and the maximum is taken over the
-products:
-so the weights, in half precision, lie in [0, 1] and near 1 where it matters.
+products: so the weights, in half precision, lie in [0, 1] and near 1 where it matters.
 """
 
 from __future__ import annotations

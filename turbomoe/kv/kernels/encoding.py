@@ -9,6 +9,8 @@ import triton
 
 from turbomoe.kv.codecs.scales import root, spread_out, to_scale
 from turbomoe.kv.kernels import encode as kernels
+from turbomoe.kv.kernels.checked import failure
+from turbomoe.kv.kernels.stored import processors
 from turbomoe.kv.trellis_codebook import Trellis, codebook
 from turbomoe.kv.trellis_fixed import to_fixed
 from turbomoe.kv.trellis_search import HALF_SPAN
@@ -41,7 +43,7 @@ def search(spread: torch.Tensor, trellis: Trellis, asm: bool = True) -> tuple[to
     x[:, :n] = to_fixed(spread, trellis).t()
     codes = torch.empty(n, steps * trellis.step_bits // 32, dtype=torch.int32, device=device)
     squares = torch.empty(n, dtype=torch.float32, device=device)
-    programs = min(padded // kernels.VECTORS, WARPS * _processors(str(device)))
+    programs = min(padded // kernels.VECTORS, WARPS * processors(device))
     words = -(-trellis.groups // (32 // trellis.step_bits))
     room = programs * max(steps, 2 * HALF_SPAN) * words * kernels.VECTORS
     scratch = torch.empty(room, dtype=torch.int32, device=device)
@@ -70,14 +72,7 @@ def passes(name: str, head_dim: int, device: torch.device) -> bool:
         errors = [float((values - x).square().sum()) for values in (found, expected)]
         why = "" if errors[0] <= 1.02 * errors[1] else f"its error is {errors[0] / errors[1]:.2f} times the reference's"
     except Exception as error:  # compilers and drivers raise what they like
-        why = f"it failed ({' '.join(str(error).split())[:120] or type(error).__name__})"
+        why = failure(error)
     if why:
         board.post(Notice(f"the GPU encoder of {name} is not used", why, "encoding takes far longer"))
     return not why
-
-
-@functools.cache
-def _processors(device: str) -> int:
-    if torch.device(device).type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

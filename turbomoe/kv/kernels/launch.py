@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-import os
 
 import torch
 import triton
 
 from turbomoe.kv.hadamard import random_signs
 from turbomoe.kv.kernels import QUERIES, decode
-from turbomoe.kv.kernels.layout import chunks, column_dims, table
+from turbomoe.kv.kernels.layout import chunks
+from turbomoe.kv.kernels.stored import code_bytes, interpreted, kind_of, processors, stored
 from turbomoe.kv.layer import Side, Step
 from turbomoe.kv.pages import PAGE_TOKENS
 
@@ -19,16 +19,6 @@ EARLY = True
 BLOCK, COLUMNS = 64, 64  # parts that are merged at a time, and columns of a program that does
 WARPS, REGISTERS, STAGES = 4, 168, 3  # registers a thread so that three programs fit an SM
 NEVER = 2**31 - 1  # more tokens than any context: nothing lies that far behind
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, which knows no inline assembly."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@functools.lru_cache(maxsize=8)
-def _processors(device: torch.device) -> int:
-    return 4 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.lru_cache(maxsize=8)
@@ -48,8 +38,9 @@ def attend_one(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keys: Side, values: Side, step: Step, scale: float,
     asm: bool = True,
 ) -> torch.Tensor:  # fmt: skip
-    """``decode.attend_one``: query [B, heads, 1, dim], key, value [B, kv_heads, 1, dim] to float32 [B, 1, heads,
-    dim].
+    """``decode.attend_one``: query [B, heads, 1, dim], key, value [B, kv_heads, 1, dim].
+
+    Returns float32 [B, 1, heads, dim].
     """
     batch, heads, _, dim = query.shape
     kv_heads = key.shape[1]
@@ -62,7 +53,7 @@ def attend_one(
     asm = asm and not interpreted()
     early = asm and _launches_early(device)
     capacity = step.pages.shape[1] if keys.codec is not None else 1
-    splits = max(1, min(capacity, PROGRAMS_PER_SM * _processors(device) // (batch * kv_heads)))
+    splits = max(1, min(capacity, PROGRAMS_PER_SM * processors(device) // (batch * kv_heads)))
     windows = 0 if paged else triton.cdiv(keys.sink + keys.recent + 1, PAGE_TOKENS)
     parts = batch * kv_heads * (splits + windows)
     turned = torch.empty(rows, dim, dtype=torch.float16, device=device)
@@ -73,8 +64,8 @@ def attend_one(
     out = torch.empty(batch, 1, heads, dim, dtype=torch.float32, device=device)
     signs = _signs(dim, str(device))
     shape = {"HEADS": heads, "GROUP": heads // kv_heads, "D": dim}
-    halves = chunks(dim, _kind(keys), _kind(values))
-    k, v = (_stored(side, dim, side is keys, halves, str(device)) for side in (keys, values))
+    halves = chunks(dim, kind_of(keys), kind_of(values))
+    k, v = (stored(side, dim, side is keys, halves, str(device)) for side in (keys, values))
     mean_k, mean_v = (signs if side.mean is None else side.mean for side in (keys, values))
     blocks = triton.cdiv(capacity, 16) if keys.mean is not None else 0
     pairs = 0 if keys.turns is None else keys.turns.shape[1] // 2
@@ -90,7 +81,7 @@ def attend_one(
         query, turned, factors, offsets, step.starts, step.slots, step.pages, *k[:4], keys.sinks, keys.ring, key,
         *v[:4], values.sinks, values.ring, value, tops, totals, far, scale, capacity, query.stride(0),
         query.stride(1), **shape, KV_HEADS=kv_heads, SINK=keys.sink, RECENT=keys.recent, BEHIND=behind,
-        K_KIND=_kind(keys), V_KIND=_kind(values), K_WIDTH=_width(keys), V_WIDTH=_width(values),
+        K_KIND=kind_of(keys), V_KIND=kind_of(values), K_WIDTH=code_bytes(keys), V_WIDTH=code_bytes(values),
         HAS_MEAN=keys.mean is not None, SPLITS=splits, WINDOWS=windows, CHUNKS=halves, STAGES=STAGES, EARLY=early,
         ASM=asm, PRECISION=precision, num_warps=WARPS, maxnreg=REGISTERS, launch_pdl=early,
     )  # fmt: skip
@@ -108,21 +99,3 @@ def attend_one(
         HAS_MEAN=values.mean is not None, EARLY=early, num_warps=1, launch_pdl=early,
     )  # fmt: skip
     return out
-
-
-def _kind(side: Side) -> str:
-    return "bf16" if side.codec is None else side.codec.name
-
-
-def _width(side: Side) -> int:
-    return 0 if side.codec is None else side.codec.planes[0].nbytes
-
-
-def _stored(side: Side, dim: int, for_scores: bool, halves: int, device: str) -> tuple[torch.Tensor, ...]:
-    """(codes, scales, dims of the columns, table, columns of the dims): anything stands in for what a kind lacks."""
-    name = _kind(side)
-    dims, columns = column_dims(name, dim, for_scores, halves, device)
-    if side.codec is None:
-        return side.ring, side.ring, dims, table(name, device), columns
-    codes = side.planes[0]
-    return codes, side.planes[1] if len(side.planes) > 1 else codes, dims, table(name, device), columns

@@ -15,10 +15,11 @@ import triton.language as tl
 
 from turbomoe.kv.hadamard import rotation
 from turbomoe.kv.kernels import prefill
-from turbomoe.kv.kernels.launch import _kind, _processors, _stored, _width, interpreted
 from turbomoe.kv.kernels.layout import column_dims
+from turbomoe.kv.kernels.stored import code_bytes, interpreted, kind_of, processors, stored
 from turbomoe.kv.layer import Side, Step
 from turbomoe.kv.pages import PAGE_TOKENS, pages_for
+from turbomoe.kv.turns import waves
 
 LOG2E = 1.4426950408889634
 CHANNELS = 32  # ``prefill.CHANNELS``
@@ -78,7 +79,7 @@ class Pages:
     def of(cls, side: Side) -> Pages:
         """The pages of the cache."""
         dim, device = side.ring.shape[-1], str(side.ring.device)
-        return cls(_kind(side), _width(side), _stored(side, dim, False, 1, device)[:4])
+        return cls(kind_of(side), code_bytes(side), stored(side, dim, False, 1, device)[:4])
 
     def slab(self, batch: int, pages: int, kv_heads: int, dim: int) -> Pages:
         """Room for decoded pages [B, pages, kv_heads, PAGE_TOKENS, dim], with their dims in the order of these."""
@@ -161,7 +162,7 @@ def _product_type(kind: str, block: Block) -> torch.dtype:
 def _splits(pages: int, block: Block) -> int:
     """Parts into which the pages are cut, so that few queries too keep every processor busy; 0 without pages."""
     programs = block.blocks * block.heads
-    return 0 if pages == 0 else max(1, min(pages // SPLIT_PAGES, _processors(block.q.device) // programs))
+    return 0 if pages == 0 else max(1, min(pages // SPLIT_PAGES, processors(block.q.device) // programs))
 
 
 def _attend_pages(block: Block, parts: Parts, keys: Side, values: Side, step: Step, pages: int) -> None:
@@ -210,10 +211,8 @@ def _queries(block: Block, keys: Side, k: Pages) -> Inputs:
     if keys.mean is None:
         return Inputs(turned, turned, turned, turned, False, behind)
     assert keys.turns is not None
-    r, mean = keys.turns.shape[-1] // 2, keys.mean[:, None, :] * (block.scale * LOG2E)
-    still = (q[..., 2 * r :] * mean[..., 2 * r :]).sum(-1)
-    (a, b), (qa, qb) = ((x[..., :r], x[..., r : 2 * r]) for x in (mean, q))
-    pairs = torch.cat((qa * a + qb * b, qb * a - qa * b), -1)
+    r = keys.turns.shape[-1] // 2
+    pairs, still = waves(q, keys.mean[:, None, :] * (block.scale * LOG2E), r)
     pairs = torch.nn.functional.pad(pairs, (0, -2 * r % CHANNELS)).contiguous()
     return Inputs(turned, pairs, still, keys.turns, True, behind)
 
@@ -243,7 +242,7 @@ def _merged(parts: Parts, values: Side) -> torch.Tensor:
     for weight, far in zip(weights[1:-1], parts.far[1:-1], strict=True):
         pages.addcmul_(far, weight[..., None])
     if values.rotated:
-        pages = pages @ _rotation(_kind(values), out.shape[-1], str(out.device)).t()
+        pages = pages @ _rotation(kind_of(values), out.shape[-1], str(out.device)).t()
     if values.mean is not None:
         mean = values.mean.repeat(len(out) // len(values.mean), 1)[:, None]
         pages = pages.addcmul(weights[:-1].sum(0)[..., None], mean)
