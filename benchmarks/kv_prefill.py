@@ -42,7 +42,7 @@ TYPES = ("tq2", "tcq2", "tcq3", "q8_0")
 PASTS, COUNTS = (4096, 32768, 131072), (512, 2048)
 NEVER, ALWAYS = 1 << 30, 1  # values of SLAB_BLOCKS
 PROCESSES = 14
-LONGEST = 60  # seconds of the matrix, far more than it takes
+LONGEST = 240  # seconds of the matrix: most of it compiles, one of them for 40 s or more
 HALF = torch.float16
 
 

@@ -1,8 +1,9 @@
 """PTX that decodes codes two at a time in packed half precision, built from the codecs' own parameters.
 
-A 32-bit register holds two halves. A code masked into the low bits of a half and joined with 0x6400 is the number
-1024 + code * 2^position, so one bitwise instruction converts two codes; the level or the trellis value follows by
-half-precision FMAs. Shifting a window out of two neighbouring words is one funnel shift.
+A 32-bit register holds two halves. Scalar codes choose bytes of their levels in permutations of bytes, four codes an
+instruction. A trellis window masked into the low bits of a half and joined with 0x6400 is the number 1024 + window, so
+one bitwise instruction converts two, and their values follow by half-precision FMAs. Shifting a window out of two
+neighbouring words is one funnel shift.
 Each builder returns the text of one inline-assembly block: words of one vector in, registers of two values each out.
 """
 
@@ -88,47 +89,65 @@ def _shifted(w: _Writer, word: str, right: int) -> str:
     return w.op("shr.b32", word, str(right)) if right > 0 else w.op("shl.b32", word, str(-right))
 
 
-def _polynomial(w: _Writer, y: str, coefficients: Sequence[float], to: str) -> None:
-    """An odd polynomial of y: coefficients of y, y^3, y^5 ..."""
-    square = w.op("mul.rn.f16x2", y, y)
-    total = w.constant(half2(coefficients[-1]))
-    for c in coefficients[-2::-1]:
-        total = w.op("fma.rn.f16x2", total, square, w.constant(half2(c)))
-    w.op("mul.rn.f16x2", total, y, to=to)
+def byte_tables(levels: Sequence[float]) -> bytes:
+    """What ``scalar`` looks up for these levels (of 16, the positive ones): their low bytes, then their high bytes.
 
-
-def scalar(bits: int, coefficients: Sequence[float], unit: float) -> Block:
-    """Lloyd-Max codes: a word of 4 bytes (and for 3 bits a word of the high plane) to its levels.
-
-    Output r = 2 j + parity holds the values of bits j of bytes parity and parity + 2. ``coefficients`` are those of the
-    odd polynomial through the levels, of y = (code - centre) * unit; for 2 bits of the line y and its sign.
+    Two words each, four levels filled up by themselves. The kernel holds them in registers; as constants of the text
+    they would be copied to one before each use.
     """
-    in_byte = 2 if bits == 3 else bits
-    per_byte, at = 8 // in_byte, 4 if bits == 4 else 1
-    w = _Writer(2 if bits == 3 else 1, 2 * per_byte)
-    for parity in (0, 1):
-        for j in range(per_byte):
-            here = 8 * parity + in_byte * j
-            place = at if bits == 4 else at + 2 * j
-            low = _shifted(w, w.word(0), here - place)
-            mask = ((1 << in_byte) - 1) << place
-            x = _masked(w, low, f"0x{mask:04x}{mask:04x}")
-            if bits == 3:
-                top = _shifted(w, w.word(1), here - place - 2)
-                bit = 4 << place
-                x = _masked(w, top, f"0x{bit:04x}{bit:04x}", x)
-            slope = w.constant(half2(unit * 2.0**-place))
-            offset = w.constant(half2(-unit * (1024 * 2.0**-place + ((1 << bits) - 1) / 2)))
-            y = w.op("fma.rn.f16x2", x, slope, offset)
-            finish = _line_and_sign if bits == 2 else _polynomial
-            finish(w, y, coefficients, f"${2 * j + parity}")
+    halves = [struct.pack("<e", level) for level in levels[8 if len(levels) == 16 else 0 :]]
+    return b"".join(bytes(half[byte] for half in halves) * (8 // len(halves)) for byte in (0, 1))
+
+
+def scalar(bits: int) -> Block:
+    """Lloyd-Max codes to levels, a pair a register. In: a word of 4 bytes, for 3 bits one of the high plane,
+    ``byte_tables`` (for 2 bits the first word of each half).
+
+    ``layout.column_dims`` says which codes share one. A byte permutation looks up four bytes at a time among eight,
+    chosen by four nibbles: so codes are spread to nibbles, and the two bytes of a level come from two tables. The
+    sixteen levels of 4 bits are eight and a sign.
+    """
+    words = 2 if bits == 3 else 1
+    each = 1 if bits == 2 else 2
+    w = _Writer(words + 2 * each, 4 if bits == 4 else 8)
+    low, high = ([w.word(words + side * each + i) for i in (0, each - 1)] for side in (0, 1))
+    if bits == 4:
+        _sixteen(w, low, high)
+    else:
+        _up_to_eight(w, bits, low, high)
     return w.block()
 
 
-def _line_and_sign(w: _Writer, y: str, coefficients: Sequence[float], to: str) -> None:
-    """coefficients[0] * y + coefficients[1] * sign(y): bitwise work, where a polynomial would fill the other pipe."""
-    sign = w.op("lop3.b32", y, w.constant("0x80008000"), w.constant(half2(coefficients[1])), "0x6a")
-    w.op("fma.rn.f16x2", y, w.constant(half2(coefficients[0])), sign, to=to)
+def _up_to_eight(w: _Writer, bits: int, low: list[str], high: list[str]) -> None:
+    """Nibble n of ``chosen`` is the code at bits j or j + 2 of byte n // 2, so half of it serves two bytes."""
+    for j in (0, 1):
+        chosen = w.op("and.b32", _shifted(w, w.word(0), 2 * j), w.constant("0x33333333"))
+        if bits == 3:
+            chosen = _masked(w, _shifted(w, w.word(1), 2 * j - 2), "0x44444444", chosen)
+        for half in (0, 1):
+            here = _shifted(w, chosen, 16 * half)
+            found = w.op("prmt.b32", *low, here), w.op("prmt.b32", *high, here)
+            for k in (0, 1):
+                w.op("prmt.b32", *found, _BYTES[k], to=f"${2 * (j + 2 * k) + half}")
+
+
+def _sixteen(w: _Writer, low: list[str], high: list[str]) -> None:
+    """A code's place among the positive levels is code - 8, or 7 - code if it is less than 8."""
+    word = w.word(0)
+    top = w.op("and.b32", word, w.constant("0x88888888"))
+    flips = w.op("sub.s32", top, _shifted(w, top, 3))
+    chosen = w.op("lop3.b32", word, flips, w.constant("0x77777777"), "0x82")  # ~(word ^ flips) & 0x77777777
+    for parity in (0, 1):
+        here = w.op("prmt.b32", chosen, chosen, "0x0020" if parity == 0 else "0x0031")
+        found = w.op("prmt.b32", *low, here), w.op("prmt.b32", *high, here)
+        for j in (0, 1):
+            level = w.op("prmt.b32", *found, _BYTES[j])
+            sign = _shifted(w, word, 8 * parity + 4 * j - 12)
+            # level | (~sign & 0x80008000)
+            w.op("lop3.b32", level, sign, w.constant("0x80008000"), "0xf2", to=f"${2 * j + parity}")
+
+
+_BYTES = ("0x6240", "0x7351")  # of low and high bytes the first and third, or the second and fourth, as two halves
 
 
 def _window(w: _Writer, words: int, first: int) -> str:

@@ -95,90 +95,99 @@ def _next_group(first, codes, rows, index, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _tq2(codes, rows, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, FOR_SCORES: tl.constexpr):
-    G: tl.constexpr = D // 16 // CHUNKS
-    w = _word(codes, rows, CHUNK * G + tl.arange(0, G))
-    a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-        TQ2_TEXT, TQ2_REGISTERS, [w], dtype=(tl.int32,) * 8, is_pure=True, pack=1
-    )
-    return _arranged(_merge8(a, b, c, d, e, f, g, h), G, FOR_SCORES)
+def lookup(table, KIND: tl.constexpr):
+    """What the assembly of a scalar codec looks up, int32 four times: see ``assembly.byte_tables``. Read it once."""
+    COUNT: tl.constexpr = 4 if KIND == "tq2" else (8 if KIND == "tq3" else 16)
+    if KIND == "tq2" or KIND == "tq3" or KIND == "tq4":
+        at = (table + COUNT).to(tl.pointer_type(tl.int32))
+        return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+    else:
+        return 0, 0, 0, 0
 
 
 @triton.jit
-def _tq3(codes, rows, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, FOR_SCORES: tl.constexpr):
-    G: tl.constexpr = D // 16 // CHUNKS
+def words(codes, rows, D: tl.constexpr, KIND: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """The codes of a chunk of the vectors at byte offsets ``rows`` int64 [N], as words: a tuple for ``decoded``."""
+    # The compiler chooses a thread's run by what it knows of alignment; this makes it forget, then tells it.
+    rows = tl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [rows], dtype=tl.int64, is_pure=True, pack=1)
+    four_bits: tl.constexpr = KIND == "tq4" or KIND == "tcq4"
+    VALUES: tl.constexpr = 64 if KIND == "tcq2.5" else (32 if KIND == "tcq3" else (8 if four_bits else 16))
+    GROUPS: tl.constexpr = D // VALUES
+    G: tl.constexpr = GROUPS // CHUNKS
+    rows = tl.multiple_of(rows, 4 * max(1, min(4, G // 4)))
     index = CHUNK * G + tl.arange(0, G)
-    w = _word(codes, rows, index)
-    high = _word(codes + D // 4, rows, index % (D // 32)) >> (index // (D // 32))[None, :]
-    a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-        TQ3_TEXT, TQ3_REGISTERS, [w, high], dtype=(tl.int32,) * 8, is_pure=True, pack=1
-    )
-    return _arranged(_merge8(a, b, c, d, e, f, g, h), G, FOR_SCORES)
+    first = _word(codes, rows, index)
+    if KIND == "tq2" or KIND == "tq4":
+        return (first,)
+    elif KIND == "tq3":
+        high = _word(codes + D // 4, rows, index % (D // 32)) >> (index // (D // 32))[None, :]
+        return first, high
+    else:
+        following = _next_group(first, codes, rows, index, GROUPS)
+        if KIND == "tcq3":
+            return first, _word(codes, rows, G * CHUNKS + index), _word(codes, rows, 2 * GROUPS + index), following
+        elif KIND == "tcq2.5":
+            second, third = _word(codes, rows, GROUPS + index), _word(codes, rows, 2 * GROUPS + index)
+            fourth, fifth = _word(codes, rows, 3 * GROUPS + index), _word(codes, rows, 4 * GROUPS + index)
+            return first, second, third, fourth, fifth, following
+        else:
+            return first, following
 
 
 @triton.jit
-def _tq4(codes, rows, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, FOR_SCORES: tl.constexpr):
-    G: tl.constexpr = D // 8 // CHUNKS
-    w = _word(codes, rows, CHUNK * G + tl.arange(0, G))
-    a, b, c, d = tl.inline_asm_elementwise(TQ4_TEXT, TQ4_REGISTERS, [w], dtype=(tl.int32,) * 4, is_pure=True, pack=1)
-    return _arranged(_merge4(a, b, c, d), G, FOR_SCORES)
+def _registers(group, tables, KIND: tl.constexpr):
+    """int32 [N, registers], by group: two values each."""
+    if KIND == "tq2":
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            TQ2_TEXT, TQ2_REGISTERS, [group[0], tables[0], tables[2]], dtype=(tl.int32,) * 8, is_pure=True, pack=1
+        )
+        return _merge8(a, b, c, d, e, f, g, h)
+    elif KIND == "tq3":
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            TQ3_TEXT, TQ3_REGISTERS, [group[0], group[1], tables[0], tables[1], tables[2], tables[3]],
+            dtype=(tl.int32,) * 8, is_pure=True, pack=1,
+        )  # fmt: skip
+        return _merge8(a, b, c, d, e, f, g, h)
+    elif KIND == "tq4":
+        a, b, c, d = tl.inline_asm_elementwise(
+            TQ4_TEXT, TQ4_REGISTERS, [group[0], tables[0], tables[1], tables[2], tables[3]], dtype=(tl.int32,) * 4,
+            is_pure=True, pack=1,
+        )  # fmt: skip
+        return _merge4(a, b, c, d)
+    elif KIND == "tcq2":
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            TCQ2_TEXT, TCQ2_REGISTERS, [group[0], group[1]], dtype=(tl.int32,) * 8, is_pure=True, pack=1
+        )
+        return _merge8(a, b, c, d, e, f, g, h)
+    elif KIND == "tcq4":
+        a, b, c, d = tl.inline_asm_elementwise(
+            TCQ4_TEXT, TCQ4_REGISTERS, [group[0], group[1]], dtype=(tl.int32,) * 4, is_pure=True, pack=1
+        )
+        return _merge4(a, b, c, d)
+    elif KIND == "tcq3":
+        r0, r1, r2, r3, r4, r5, r6, r7, r8, r9, r10, r11, r12, r13, r14, r15 = tl.inline_asm_elementwise(
+            TCQ3_TEXT, TCQ3_REGISTERS, [group[0], group[1], group[2], group[3]], dtype=(tl.int32,) * 16, is_pure=True,
+            pack=1,
+        )  # fmt: skip
+        even, odd = _merge8(r0, r2, r4, r6, r8, r10, r12, r14), _merge8(r1, r3, r5, r7, r9, r11, r13, r15)
+        return _merge(even, odd)
+    else:
+        (
+            r0, r1, r2, r3, r4, r5, r6, r7, r8, r9, r10, r11, r12, r13, r14, r15,
+            r16, r17, r18, r19, r20, r21, r22, r23, r24, r25, r26, r27, r28, r29, r30, r31,
+        ) = tl.inline_asm_elementwise(
+            TCQ25_TEXT, TCQ25_REGISTERS, [group[0], group[1], group[2], group[3], group[4], group[5]],
+            dtype=(tl.int32,) * 32, is_pure=True, pack=1,
+        )  # fmt: skip
+        first = _merge(_merge8(r0, r4, r8, r12, r16, r20, r24, r28), _merge8(r2, r6, r10, r14, r18, r22, r26, r30))
+        second = _merge(_merge8(r1, r5, r9, r13, r17, r21, r25, r29), _merge8(r3, r7, r11, r15, r19, r23, r27, r31))
+        return _merge(first, second)
 
 
 @triton.jit
-def _tcq2(codes, rows, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, FOR_SCORES: tl.constexpr):
-    G: tl.constexpr = D // 16 // CHUNKS
-    index = CHUNK * G + tl.arange(0, G)
-    w = _word(codes, rows, index)
-    n = _next_group(w, codes, rows, index, D // 16)
-    a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-        TCQ2_TEXT, TCQ2_REGISTERS, [w, n], dtype=(tl.int32,) * 8, is_pure=True, pack=1
-    )
-    return _arranged(_merge8(a, b, c, d, e, f, g, h), G, FOR_SCORES)
-
-
-@triton.jit
-def _tcq4(codes, rows, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, FOR_SCORES: tl.constexpr):
-    G: tl.constexpr = D // 8 // CHUNKS
-    index = CHUNK * G + tl.arange(0, G)
-    w = _word(codes, rows, index)
-    n = _next_group(w, codes, rows, index, D // 8)
-    a, b, c, d = tl.inline_asm_elementwise(
-        TCQ4_TEXT, TCQ4_REGISTERS, [w, n], dtype=(tl.int32,) * 4, is_pure=True, pack=1
-    )
-    return _arranged(_merge4(a, b, c, d), G, FOR_SCORES)
-
-
-@triton.jit
-def _tcq3(codes, rows, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, FOR_SCORES: tl.constexpr):
-    P: tl.constexpr = D // 32
-    G: tl.constexpr = P // CHUNKS
-    index = CHUNK * G + tl.arange(0, G)
-    u, v, w = _word(codes, rows, index), _word(codes, rows, P + index), _word(codes, rows, 2 * P + index)
-    n = _next_group(u, codes, rows, index, P)
-    r0, r1, r2, r3, r4, r5, r6, r7, r8, r9, r10, r11, r12, r13, r14, r15 = tl.inline_asm_elementwise(
-        TCQ3_TEXT, TCQ3_REGISTERS, [u, v, w, n], dtype=(tl.int32,) * 16, is_pure=True, pack=1
-    )
-    even, odd = _merge8(r0, r2, r4, r6, r8, r10, r12, r14), _merge8(r1, r3, r5, r7, r9, r11, r13, r15)
-    return _arranged(_merge(even, odd), G, FOR_SCORES)
-
-
-@triton.jit
-def _tcq25(codes, rows, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, FOR_SCORES: tl.constexpr):
-    P: tl.constexpr = D // 64
-    G: tl.constexpr = P // CHUNKS
-    index = CHUNK * G + tl.arange(0, G)
-    u, v, w = _word(codes, rows, index), _word(codes, rows, P + index), _word(codes, rows, 2 * P + index)
-    x, y = _word(codes, rows, 3 * P + index), _word(codes, rows, 4 * P + index)
-    n = _next_group(u, codes, rows, index, P)
-    (
-        r0, r1, r2, r3, r4, r5, r6, r7, r8, r9, r10, r11, r12, r13, r14, r15,
-        r16, r17, r18, r19, r20, r21, r22, r23, r24, r25, r26, r27, r28, r29, r30, r31,
-    ) = tl.inline_asm_elementwise(
-        TCQ25_TEXT, TCQ25_REGISTERS, [u, v, w, x, y, n], dtype=(tl.int32,) * 32, is_pure=True, pack=1
-    )  # fmt: skip
-    first = _merge(_merge8(r0, r4, r8, r12, r16, r20, r24, r28), _merge8(r2, r6, r10, r14, r18, r22, r26, r30))
-    second = _merge(_merge8(r1, r5, r9, r13, r17, r21, r25, r29), _merge8(r3, r7, r11, r15, r19, r23, r27, r31))
-    return _arranged(_merge(first, second), G, FOR_SCORES)
+def decoded(group, tables, KIND: tl.constexpr, FOR_SCORES: tl.constexpr):
+    """float16 [64, D / CHUNKS] of ``words`` and ``lookup``: what ``vectors`` returns."""
+    return _in_row_order(_arranged(_registers(group, tables, KIND), group[0].shape[1], FOR_SCORES))
 
 
 @triton.jit
@@ -211,27 +220,14 @@ def _looked_up(codes, rows, dims, table, D: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def _decoded(codes, rows, D: tl.constexpr, KIND: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, FOR_SCORES: tl.constexpr):  # noqa: E501  # fmt: skip
-    if KIND == "tq2":
-        return _tq2(codes, rows, D, CHUNK, CHUNKS, FOR_SCORES)
-    elif KIND == "tq3":
-        return _tq3(codes, rows, D, CHUNK, CHUNKS, FOR_SCORES)
-    elif KIND == "tq4":
-        return _tq4(codes, rows, D, CHUNK, CHUNKS, FOR_SCORES)
-    elif KIND == "tcq2":
-        return _tcq2(codes, rows, D, CHUNK, CHUNKS, FOR_SCORES)
-    elif KIND == "tcq2.5":
-        return _tcq25(codes, rows, D, CHUNK, CHUNKS, FOR_SCORES)
-    elif KIND == "tcq3":
-        return _tcq3(codes, rows, D, CHUNK, CHUNKS, FOR_SCORES)
-    else:
-        return _tcq4(codes, rows, D, CHUNK, CHUNKS, FOR_SCORES)
-
-
-@triton.jit
 def row_order(n):
     """Which of 64 vectors stands in row n of a tile: the tensor cores' warps own 16 rows, loads' eight twice."""
     return n // 8 % 2 * 32 + n // 16 * 8 + n % 8
+
+
+@triton.jit
+def _in_row_order(x):
+    return tl.reshape(tl.permute(tl.reshape(x, (2, 4, 8, x.shape[1])), (1, 0, 2, 3)), (64, x.shape[1]))
 
 
 @triton.jit
@@ -245,13 +241,6 @@ def vectors(
     Row n holds vector ``row_order(n)``. ``dims`` int32 [D / CHUNKS] are the chunk's part of ``layout.column_dims``.
     """
     if ASM:
-        # The compiler chooses a thread's run by what it knows of alignment; this makes it forget, then tells it.
-        rows = tl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [rows], dtype=tl.int64, is_pure=True, pack=1)
-        four_bits: tl.constexpr = KIND == "tq4" or KIND == "tcq4"
-        VALUES: tl.constexpr = 64 if KIND == "tcq2.5" else (32 if KIND == "tcq3" else (8 if four_bits else 16))
-        RUN_BYTES: tl.constexpr = 4 * max(1, min(4, D // VALUES // CHUNKS // 4))
-        rows = tl.multiple_of(rows, RUN_BYTES)
-        x = _decoded(codes, rows, D, KIND, CHUNK, CHUNKS, FOR_SCORES)
+        return decoded(words(codes, rows, D, KIND, CHUNK, CHUNKS), lookup(table, KIND), KIND, FOR_SCORES)
     else:
-        x = _looked_up(codes, rows, dims, table, D, KIND)
-    return tl.reshape(tl.permute(tl.reshape(x, (2, 4, 8, D // CHUNKS)), (1, 0, 2, 3)), (64, D // CHUNKS))
+        return _in_row_order(_looked_up(codes, rows, dims, table, D, KIND))

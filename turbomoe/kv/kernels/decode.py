@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from turbomoe.kv.kernels.codes import row_order, vectors
+from turbomoe.kv.kernels.codes import decoded, lookup, row_order, vectors, words
 
 PAGE = tl.constexpr(64)
 QUERIES = tl.constexpr(16)  # the queries of a KV head, filled up
@@ -110,6 +110,30 @@ def _tile(
 
 
 @triton.jit
+def _words(
+    codes, first, D: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
+    """The codes of a chunk of 64 vectors from number ``first`` on, to be held for ``_held``; nothing if not AHEAD."""
+    if AHEAD:
+        return words(codes, (first + tl.arange(0, PAGE)) * WIDTH, D, KIND, CHUNK, CHUNKS)
+    else:
+        return (tl.zeros((1,), tl.int32),)
+
+
+@triton.jit
+def _held(
+    held, tables, codes, scales, first, seen, dims, table, D: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, FOR_SCORES: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """``_tile`` of these vectors, from ``_words`` where they are held."""
+    if AHEAD:
+        return decoded(held, tables, KIND, FOR_SCORES)
+    else:
+        return _tile(codes, scales, first, seen, dims, table, D, KIND, WIDTH, CHUNK, CHUNKS, FOR_SCORES, ASM)
+
+
+@triton.jit
 def _scales(scales, page, h, KV_HEADS: tl.constexpr, SCALED: tl.constexpr):
     """The scales of a page's vectors, in the order of ``_tile``: float16 [64]; ones for kinds without."""
     n = tl.arange(0, PAGE)
@@ -130,21 +154,30 @@ def _scores(queries, k, EXACT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _weigh(top, total, scores, v_scale, SCALED: tl.constexpr):
+def _log2(x, ASM: tl.constexpr):
+    """log2 of positive normal numbers: one instruction of 2^-22 absolute error for the twenty of ``tl.log2``."""
+    if ASM:
+        return tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def _weigh(top, total, scores, v_scale, SCALED: tl.constexpr, ASM: tl.constexpr):
     """One tile into a running softmax: scores [64, QUERIES] in log2 units to (top, total, shrink, weights).
 
     ``total`` [64, QUERIES] is summed over its rows at the end: a sum between the warps in every tile costs two
     barriers.
     """
     if SCALED:
-        kept = tl.maximum(v_scale, SMALLEST_SCALE)
-        scores = scores + tl.log2(kept)[:, None]
+        log_scale = _log2(tl.maximum(v_scale, SMALLEST_SCALE), ASM)
+        scores = scores + log_scale[:, None]
     new = tl.maximum(top, tl.max(scores, 0))
     safe = tl.where(new == float("-inf"), 0.0, new)
     shrink = tl.exp2(top - safe)
     weights = tl.exp2(scores - safe[None, :])
     if SCALED:
-        total = total * shrink[None, :] + weights * (1.0 / kept)[:, None]
+        total = total * shrink[None, :] + weights * tl.exp2(-log_scale)[:, None]
         weights = tl.where((v_scale > 0)[:, None], weights, 0.0)
     else:
         total = total * shrink[None, :] + weights
@@ -211,6 +244,9 @@ def _pages(
     K_EXACT: tl.constexpr = K_KIND == "bf16" or K_KIND == "f16" or K_KIND == "f32"
     V_SCALED: tl.constexpr = not V_EXACT and V_KIND != "q8_0"
     K_SCALED: tl.constexpr = not K_EXACT and K_KIND != "q8_0"
+    K_AHEAD: tl.constexpr = ASM and K_SCALED
+    V_AHEAD: tl.constexpr = ASM and V_SCALED
+    k_tables, v_tables = lookup(k_table, K_KIND), lookup(v_table, V_KIND)
     k_order, v_order = tl.load(k_dims + part_of), tl.load(v_dims + part_of)
     queries = tl.load(turned + row[:, None] * D + k_order[None, :], mask=mine[:, None], other=0.0)
     if K_EXACT:
@@ -225,22 +261,38 @@ def _pages(
     total = tl.zeros((PAGE, QUERIES), tl.float32)
     far = tl.zeros((PART, QUERIES), tl.float32)
     row_of_table = pages + b * pages_per_slot
-    # The compiler prefetches codes; what is too small for that would be waited for, so it comes a tile ahead.
+    # All that a tile reads is held in registers a tile ahead (exact values and q8_0: by the compiler's prefetching).
     page = tl.load(row_of_table + first)
     next_page = tl.load(row_of_table + tl.minimum(first + 1, last - 1))
     k_scale, v_scale = _scales(k_scales, page, h, KV_HEADS, K_SCALED), _scales(v_scales, page, h, KV_HEADS, V_SCALED)
     offset = _offset(offsets, row, mine, first, pages_per_slot, HAS_MEAN)
+    at = (page * KV_HEADS + h) * PAGE
+    k_held = _words(k_codes, at, D, K_KIND, K_WIDTH, 0, CHUNKS, K_AHEAD)
+    v_held = _words(v_codes, at, D, V_KIND, V_WIDTH, 0, CHUNKS, V_AHEAD)
+    k_held_2 = _words(k_codes, at, D, K_KIND, K_WIDTH, CHUNKS - 1, CHUNKS, K_AHEAD)
+    v_held_2 = _words(v_codes, at, D, V_KIND, V_WIDTH, CHUNKS - 1, CHUNKS, V_AHEAD)
     for tile in tl.range(first, last, num_stages=STAGES):
         next_offset = _offset(offsets, row, mine, tl.minimum(tile + 1, last - 1), pages_per_slot, HAS_MEAN)
         page_after = tl.load(row_of_table + tl.minimum(tile + 2, last - 1))
         next_k_scale = _scales(k_scales, next_page, h, KV_HEADS, K_SCALED)
         next_v_scale = _scales(v_scales, next_page, h, KV_HEADS, V_SCALED)
+        next_at = (next_page * KV_HEADS + h) * PAGE
+        next_k = _words(k_codes, next_at, D, K_KIND, K_WIDTH, 0, CHUNKS, K_AHEAD)
+        next_v = _words(v_codes, next_at, D, V_KIND, V_WIDTH, 0, CHUNKS, V_AHEAD)
+        next_k_2 = _words(k_codes, next_at, D, K_KIND, K_WIDTH, CHUNKS - 1, CHUNKS, K_AHEAD)
+        next_v_2 = _words(v_codes, next_at, D, V_KIND, V_WIDTH, CHUNKS - 1, CHUNKS, V_AHEAD)
         at = (tl.load(row_of_table + tile) * KV_HEADS + h) * PAGE
         seen = tile * PAGE + row_order(n) < coded
-        k = _tile(k_codes, k_scales, at, seen, k_order, k_table, D, K_KIND, K_WIDTH, 0, CHUNKS, True, ASM)
+        k = _held(
+            k_held, k_tables, k_codes, k_scales, at, seen, k_order, k_table, D, K_KIND, K_WIDTH, 0, CHUNKS,
+            True, K_AHEAD, ASM,
+        )  # fmt: skip
         scores = _scores(queries, k, K_EXACT, PRECISION)
         if CHUNKS == 2:
-            k = _tile(k_codes, k_scales, at, seen, k_order_2, k_table, D, K_KIND, K_WIDTH, 1, CHUNKS, True, ASM)
+            k = _held(
+                k_held_2, k_tables, k_codes, k_scales, at, seen, k_order_2, k_table, D, K_KIND, K_WIDTH, 1, CHUNKS,
+                True, K_AHEAD, ASM,
+            )  # fmt: skip
             scores += _scores(queries_2, k, K_EXACT, PRECISION)
         scores = scores * factor[None, :]
         if K_SCALED:
@@ -248,13 +300,20 @@ def _pages(
         scores = tl.where(seen[:, None], scores + offset[None, :], float("-inf"))
         # Rows that nobody has written yet may hold any scale, NaN too.
         sure = tl.where(seen, v_scale.to(tl.float32), 1.0)
-        top, total, shrink, weights = _weigh(top, total, scores, sure, V_SCALED)
-        v = _tile(v_codes, v_scales, at, seen, v_order, v_table, D, V_KIND, V_WIDTH, 0, CHUNKS, False, ASM)
+        top, total, shrink, weights = _weigh(top, total, scores, sure, V_SCALED, ASM)
+        v = _held(
+            v_held, v_tables, v_codes, v_scales, at, seen, v_order, v_table, D, V_KIND, V_WIDTH, 0, CHUNKS,
+            False, V_AHEAD, ASM,
+        )  # fmt: skip
         far = _mix(far, shrink, weights, v, V_EXACT, PRECISION)
         if CHUNKS == 2:
-            v = _tile(v_codes, v_scales, at, seen, v_order_2, v_table, D, V_KIND, V_WIDTH, 1, CHUNKS, False, ASM)
+            v = _held(
+                v_held_2, v_tables, v_codes, v_scales, at, seen, v_order_2, v_table, D, V_KIND, V_WIDTH, 1, CHUNKS,
+                False, V_AHEAD, ASM,
+            )  # fmt: skip
             far_2 = _mix(far_2, shrink, weights, v, V_EXACT, PRECISION)
         next_page, k_scale, v_scale, offset = page_after, next_k_scale, next_v_scale, next_offset
+        k_held, v_held, k_held_2, v_held_2 = next_k, next_v, next_k_2, next_v_2
     sum_of_weights = tl.sum(total, 0)
     _leave(part_top, part_total, part, top, sum_of_weights)
     _leave_values(part_far, part, sum_of_weights, tl.trans(far), 0, D)

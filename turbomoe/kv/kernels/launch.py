@@ -17,7 +17,9 @@ from turbomoe.kv.pages import PAGE_TOKENS
 PROGRAMS_PER_SM = 3
 EARLY = True
 BLOCK, COLUMNS = 64, 64  # parts that are merged at a time, and columns of a program that does
-WARPS, REGISTERS, STAGES = 4, 168, 3  # registers a thread so that three programs fit an SM
+WARPS, REGISTERS = 4, 168  # registers a thread so that three programs fit an SM
+STAGES = 3  # of the compiler's prefetching, for what the kernel does not read ahead itself
+SELF_READ = {"bf16", "f16", "f32", "q8_0"}
 NEVER = 2**31 - 1  # more tokens than any context: nothing lies that far behind
 
 
@@ -76,13 +78,14 @@ def attend_one(
         HALF=triton.next_power_of_2(max(pairs, 1)), num_warps=1,
     )  # fmt: skip
     behind = -1 if paged else NEVER if keys.codec is None else keys.sink + keys.recent
+    stages = 1 if SELF_READ.isdisjoint((kind_of(keys), kind_of(values))) else STAGES
     precision = "ieee" if torch.float32 in (keys.exact_dtype, values.exact_dtype) else "tf32"
     decode.attend[(splits + windows, batch * kv_heads)](
         query, turned, factors, offsets, step.starts, step.slots, step.pages, *k[:4], keys.sinks, keys.ring, key,
         *v[:4], values.sinks, values.ring, value, tops, totals, far, scale, capacity, query.stride(0),
         query.stride(1), **shape, KV_HEADS=kv_heads, SINK=keys.sink, RECENT=keys.recent, BEHIND=behind,
         K_KIND=kind_of(keys), V_KIND=kind_of(values), K_WIDTH=code_bytes(keys), V_WIDTH=code_bytes(values),
-        HAS_MEAN=keys.mean is not None, SPLITS=splits, WINDOWS=windows, CHUNKS=halves, STAGES=STAGES, EARLY=early,
+        HAS_MEAN=keys.mean is not None, SPLITS=splits, WINDOWS=windows, CHUNKS=halves, STAGES=stages, EARLY=early,
         ASM=asm, PRECISION=precision, num_warps=WARPS, maxnreg=REGISTERS, launch_pdl=early,
     )  # fmt: skip
     sums = torch.empty(2, rows, dim, dtype=torch.float32, device=device)

@@ -7,29 +7,13 @@ from __future__ import annotations
 
 import functools
 
-import numpy as np
 import torch
 
 from turbomoe.kv.codebooks import levels
 from turbomoe.kv.kernels import assembly
 from turbomoe.kv.trellis_codebook import TRELLISES, Trellis, codebook
 
-# In units of (code - centre) * unit; 4 bits need degree 9, and a unit that keeps powers in half's range.
-SCALAR_UNIT = {2: 1.0, 3: 1.0, 4: 0.125}
-SCALAR_DEGREE = {3: 7, 4: 9}
 SCALAR_BITS = {"tq2": 2, "tq3": 3, "tq4": 4}
-
-
-def scalar_coefficients(bits: int) -> list[float]:
-    """The odd polynomial through (for 4 bits: near) the positive levels, fitted for the smallest relative error.
-
-    For 2 bits the line through both, of the size and the sign.
-    """
-    level = np.array(levels(bits)[1 << bits - 1 :])
-    y = (np.arange(len(level)) + 0.5) * SCALAR_UNIT[bits]
-    exponents = (1, 0) if bits == 2 else range(1, SCALAR_DEGREE[bits] + 1, 2)
-    basis = np.stack([y**d for d in exponents], -1)
-    return [float(np.float16(c)) for c in np.linalg.lstsq(basis / level[:, None], np.ones(len(level)), rcond=None)[0]]
 
 
 def step_pairs(trellis: Trellis) -> list[tuple[int, int]]:
@@ -45,8 +29,7 @@ def step_pairs(trellis: Trellis) -> list[tuple[int, int]]:
 def block(name: str) -> assembly.Block:
     """The assembly that decodes a group of words of this codec."""
     if name in SCALAR_BITS:
-        bits = SCALAR_BITS[name]
-        return assembly.scalar(bits, scalar_coefficients(bits), SCALAR_UNIT[bits])
+        return assembly.scalar(SCALAR_BITS[name])
     return assembly.trellis(TRELLISES[name], step_pairs(TRELLISES[name]))
 
 
@@ -55,9 +38,11 @@ def _group_dims(name: str, head_dim: int) -> torch.Tensor:
     if name in TRELLISES:
         pairs = torch.tensor(step_pairs(TRELLISES[name]))
         return pairs if TRELLISES[name].values == 1 else 2 * pairs + torch.tensor([0, 1])
+    # Register 2 j + i holds codes j of two bytes: i and i + 2 of four bits, else 2 i and 2 i + 1.
     runs = 2 if name == "tq4" else 4
     register = torch.arange(2 * runs)[:, None]
-    return register // 2 * (head_dim // runs) + register % 2 + torch.tensor([0, 2])
+    bytes_ = register % 2 + torch.tensor([0, 2]) if name == "tq4" else register % 2 * 2 + torch.tensor([0, 1])
+    return register // 2 * (head_dim // runs) + bytes_
 
 
 def chunks(head_dim: int, *names: str) -> int:
@@ -103,9 +88,13 @@ def _digits(*shape: int) -> list[torch.Tensor]:
 
 @functools.lru_cache(maxsize=64)
 def table(name: str, device: str = "cpu") -> torch.Tensor:
-    """float16: the levels of a scalar codec by code, or a trellis codebook by value and window; else one zero."""
+    """float16: a trellis codebook by value and window; the levels of a scalar codec by code, and behind them the bits
+    of its ``byte_tables``; else one zero.
+    """
     if name in TRELLISES:
         return codebook(TRELLISES[name]).half().to(device)
     if name in SCALAR_BITS:
-        return torch.tensor(levels(SCALAR_BITS[name]), dtype=torch.float16, device=device)
+        known = levels(SCALAR_BITS[name])
+        bytes_ = torch.frombuffer(bytearray(assembly.byte_tables(known)), dtype=torch.float16)
+        return torch.cat([torch.tensor(known, dtype=torch.float16), bytes_]).to(device)
     return torch.zeros(1, dtype=torch.float16, device=device)
