@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _finish(args: argparse.Namespace) -> None:
-    """All of ``args.at_exit``, whatever fails among it: raises the first error once all were tried, prints the others."""
+    """All of ``args.at_exit``: raises the first error once all were tried, and prints the others."""
     first: Exception | None = None
     for finish in args.at_exit:
         try:
