@@ -180,3 +180,32 @@ def test_a_reader_that_goes_away_ends_it_quietly() -> None:
         os.close(writer)
     assert done.returncode == cli.BROKEN_PIPE
     assert done.stderr == ""
+
+
+def test_what_is_done_at_the_end_does_not_hang_on_what_failed_before(monkeypatch, capsys) -> None:
+    done: list[str] = []
+
+    def failing(name: str) -> Callable[[], None]:
+        def finish() -> None:
+            done.append(name)
+            raise RequestError(f"No {name}")
+
+        return finish
+
+    def action(args: argparse.Namespace) -> int:
+        args.at_exit += [failing("session"), failing("profile"), lambda: done.append("last")]
+        return 0
+
+    def build() -> argparse.ArgumentParser:
+        parser = argparse.ArgumentParser(prog="turbomoe")
+        sub = parser.add_subparsers(dest="verb").add_parser("test")
+        add_common(sub)
+        sub.set_defaults(main=action)
+        return parser
+
+    monkeypatch.setattr(cli, "build_parser", build)
+    monkeypatch.setattr(board, "strict", False)
+    assert cli.main(["test"]) == cli.ERROR and done == ["session", "profile", "last"]
+    assert sorted(capsys.readouterr().err.splitlines()) == ["No profile.", "No session."]
+    with pytest.raises(RequestError, match="No session"):
+        cli._run(argparse.Namespace(main=action, debug=False))

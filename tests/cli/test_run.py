@@ -218,7 +218,9 @@ def test_an_empty_stop_string(turbomoe: Turbomoe) -> None:
 def test_an_unknown_kv_type_names_those_there_are(turbomoe: Turbomoe, chat_model: Path, flag: str) -> None:
     done = turbomoe("run", "-m", chat_model, "Q", flag, "tq9")
     assert done.code == cli.USAGE and done.out == ""
-    assert "tq9" in done.err and "tq3" in done.err and one_sentence(done.err)
+    assert (
+        "tq9" in done.err and "tq3" in done.err and "or auto for -ctk and -ctv" in done.err and one_sentence(done.err)
+    )
     assert "device" not in done.err, "refused before the table"
 
 

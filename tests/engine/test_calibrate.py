@@ -189,6 +189,24 @@ def test_strictly_a_damaged_file_is_an_error(models, state_home: Path, monkeypat
         means_for(model, CODES)
 
 
+def test_means_of_an_older_version_are_fitted_again_and_told_even_strictly(
+    models, state_home: Path, monkeypatch, capsys, passes
+) -> None:
+    model = models["qwen2"]
+    with monkeypatch.context() as older:
+        older.setattr("turbomoe.kv.means.VERSION", "1")
+        means_for(model, CODES)
+    passes.clear()
+    monkeypatch.setattr(board, "strict", True)
+    assert means_for(model, CODES) is not None and passes
+    assert "note: calibrating again" in (said := capsys.readouterr().err) and "version '1'" in said
+    KVMeans.load(means_path(model.identity), model.identity)
+    with monkeypatch.context() as newer:
+        newer.setattr("turbomoe.kv.means.VERSION", "1")  # what is there is of a version yet to come
+        with pytest.raises(StrictError, match="calibrating again"):
+            means_for(model, CODES)
+
+
 @pytest.mark.parametrize(("context", "count"), [(1 << 17, calibrate.CALIBRATION_TOKENS), (100, 100)])
 def test_the_built_in_text_is_long_enough_and_cut_to_length(context: int, count: int) -> None:
     assert len(calibration_ids(replace(scripted_model(), context_length=context))) == count

@@ -379,6 +379,16 @@ def test_strictly_a_damaged_file_is_an_error(model: LoadedModel, monkeypatch: py
         resolve_kv_types(model, WISH)
 
 
+def test_strictly_other_means_are_no_error(model: LoadedModel, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """They are fitted again when their version changes."""
+    monkeypatch.setattr(kv_auto, "measure", lambda *rest: {pair: Measured(0.004, 9, 9) for pair in rest[4]})
+    resolve_kv_types(model, WISH)
+    monkeypatch.setattr(kv_auto, "_basis", lambda means: "f" * 64)
+    monkeypatch.setattr(board, "strict", True)
+    assert not resolve_kv_types(model, WISH).kv.is_auto
+    assert "note: checking the KV types again: the means have changed" in capsys.readouterr().err
+
+
 # The forecast
 
 

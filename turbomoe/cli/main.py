@@ -68,8 +68,22 @@ def _run(args: argparse.Namespace) -> int:
     try:
         return int(args.main(args))
     finally:
-        for finish in args.at_exit:
+        _finish(args)
+
+
+def _finish(args: argparse.Namespace) -> None:
+    """All of ``args.at_exit``: raises the first error once all were tried, and prints the others."""
+    first: Exception | None = None
+    for finish in args.at_exit:
+        try:
             finish()
+        except Exception as error:
+            if first is None:
+                first = error
+            else:
+                report(error, debug=args.debug)
+    if first is not None:
+        raise first
 
 
 def report(error: Exception, debug: bool) -> int:

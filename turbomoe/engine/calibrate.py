@@ -14,7 +14,7 @@ from turbomoe.experts.base import Phase
 from turbomoe.files.atomic import WriteError
 from turbomoe.kv.codecs import make_codec
 from turbomoe.kv.fit import TransformFit
-from turbomoe.kv.means import KVMeans, MeansError
+from turbomoe.kv.means import KVMeans, MeansError, OlderMeansError
 from turbomoe.kv.shape import AttentionShape
 from turbomoe.models.base import LoadedModel
 from turbomoe.notices import Notice, board
@@ -55,6 +55,8 @@ def means_for(model: LoadedModel, kv: KVSettings, progress: Progress | None = No
     if path.exists():
         try:
             return KVMeans.load(path, model.identity)
+        except OlderMeansError as error:
+            board.post(Notice("calibrating again", error.what, "a few seconds", expected=True))
         except MeansError as error:
             board.post(Notice("calibrating again", str(error).rstrip("."), "a few seconds"))
     means = calibrate(model, progress)

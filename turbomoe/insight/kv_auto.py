@@ -173,7 +173,7 @@ def _load(identity: str, conditions: Conditions) -> Checks:
     if not conditions.basis:
         return checks
     if len(kept) < len(checks):
-        board.post(Notice("checking the KV types again", "the means have changed", "about a minute"))
+        board.post(Notice("checking the KV types again", "the means have changed", "about a minute", expected=True))
     return kept
 
 

@@ -32,6 +32,10 @@ class MeansError(TurbomoeError):
     """Means that cannot be used: a damaged file, another model's, or numbers that are not finite."""
 
 
+class OlderMeansError(MeansError):
+    """Means that an older version fitted: nothing is wrong with them, and they are fitted anew."""
+
+
 @dataclass(frozen=True)
 class KVMeans:
     """Means of one model. Mappings go from a layer to float32 [kv_heads, head_dim]; do not write to them.
@@ -137,8 +141,10 @@ def _read(path: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
 def _check_metadata(metadata: Mapping[str, str], identity: str) -> None:
     if metadata.get("format") != FORMAT:
         raise MeansError("This is not a file of KV means")
-    if metadata.get("version") != VERSION:
-        raise MeansError(f"It has version {metadata.get('version')!r}, and this turbomoe reads {VERSION!r}")
+    if (version := metadata.get("version", "")) != VERSION:
+        older = version.isascii() and version.isdigit() and len(version) < 9 and int(version) < int(VERSION)
+        kind = OlderMeansError if older else MeansError
+        raise kind(f"It has version {metadata.get('version')!r}, and this turbomoe reads {VERSION!r}")
     if metadata.get("identity") != identity:
         raise MeansError("It belongs to another model")
 
@@ -150,4 +156,5 @@ def _side(tensors: Mapping[str, torch.Tensor], side: str) -> dict[int, torch.Ten
 
 def _refusal(path: str, reason: Exception | str) -> MeansError:
     what = reason.what if isinstance(reason, MeansError) else str(reason)
-    return MeansError(f"Cannot use the KV means in {path}: {what}", fix="Delete the file, and means are taken again")
+    kind = OlderMeansError if isinstance(reason, OlderMeansError) else MeansError
+    return kind(f"Cannot use the KV means in {path}: {what}", fix="Delete the file, and means are taken again")

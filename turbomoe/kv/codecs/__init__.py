@@ -54,5 +54,6 @@ def make_codec(name: str, head_dim: int) -> Codec:
     build = CODECS.get(KV_TYPE_ALIASES.get(name, name))
     if build is None:
         aliases = ", ".join(f"{alias} = {known}" for alias, known in KV_TYPE_ALIASES.items())
-        raise SettingsError(f"Unknown KV cache type {name!r}", fix=f"choose one of {', '.join(CODECS)} ({aliases})")
+        fix = f"choose one of {', '.join(CODECS)} ({aliases})"
+        raise SettingsError(f"Unknown KV cache type {name!r}", fix=f"{fix}, or auto for -ctk and -ctv")
     return build(head_dim)
