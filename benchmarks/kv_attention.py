@@ -261,6 +261,11 @@ def _table(rows: list[dict]) -> str:
 HEAD = """\
 # Decoding from codes on a GPU
 
+`turbomoe run` does not use a GPU yet; these kernels are what it will use there, and `EngineSettings(device="cuda")`
+in Python does. **In short**: `tq2`, `tq3` and `tq4` beat bf16 from 32,768 tokens on in every shape, `tcq2` too, by
+less; `tcq2.5` and `tcq3` are slower than bf16 everywhere and `tcq4` nearly everywhere, so that today they save
+memory and not time. Both sides have the same type in these tables.
+
 Written by `python benchmarks/kv_attention.py write`. What was measured: `python benchmarks/kv_attention.py measure`
 (times, inside CUDA graphs), `python benchmarks/kv_kernel_matrix.py` (errors), `python benchmarks/kv_memory.py`
 (bytes), and what the last sections name. Three Triton kernels and one small one more
@@ -289,7 +294,8 @@ in pages, beside the fastest bf16 attention (cuDNN without a mask: a little more
 decoded once for all programs, in at most {mib} MiB beside the cache, whatever its length; "registers": decoded by
 every program, tried for small chunks. {cases} random caches, {bad} outside the contract. **Slower than bf16**: after
 32,768 tokens and more the slab takes {least:.1f} to {most:.1f} times its time, at {low:.0%} to {high:.0%} of the
-rate of a large bf16 product; after 4,096 fixed costs weigh more."""
+rate of a large bf16 product. After 4,096 it is worse still, also for programs that decode for themselves; why was
+not found yet. Encoding is not in these times."""
 
 ENCODE = """\
 ## Encoding
@@ -307,11 +313,12 @@ the 397B shape, at most 1.15 times its time at 4,096, and faster from 32,768 on 
 H100, and this GPU has 1.4 times its memory bandwidth with the same arithmetic, which helps bf16 most. **They were
 not reached**, but at 4,096 tokens by `tq2` and `tq3`. Scalar codes are now bound by waiting (barriers, loads, tensor
 cores), trellises by arithmetic: half-precision pairs run at half the rate of single-precision instructions here, and
-a trellis value takes 3 to 6 of them. [log.md](log.md) has what was tried, and a trellis whose values are looked up
-instead. `bf16 us` is the fastest of PyTorch's backends in each row. The `q8_0` and `bf16` rows are there to be
+a trellis value takes 2.5 to 5.5 of them. [log.md](log.md) has what was tried, and a trellis whose values are looked
+up instead. `bf16 us` is the fastest of PyTorch's backends in each row. The `q8_0` and `bf16` rows are there to be
 complete: their path through this kernel was not tuned.
 
-Times and memory were taken without key means and scales; with them a query meets one mean a page more."""
+Times and memory were taken without key means and scales; with them a query meets one mean a page more. Caches
+without a ring and sliding-window layers are tested in Triton's interpreter only."""
 
 
 def main() -> None:

@@ -29,16 +29,19 @@ answers with these digits, greedily. KL is over the whole text."""
 FOOT = """\
 ## How to read this
 
-- **Windows** are the first thing to have: compare the rows `0/0` with `64/256`. A window is a fixed number of tokens,
-  so the longer the context, the less it weighs in bits.
+- **Windows** count most on SmolLM2: compare the rows `0/0` with `64/256`. On Qwen2.5 means and scales count far more.
+  A window is a fixed number of tokens, so the longer the context, the less it weighs in bits.
 - **Means and key scales** are what keeps models with large biases in their keys (Qwen2.5) or a few large channels
   (Gemma 3): the rows "no means" have neither, the rows "no scales" have means that turn with the page and nothing else.
-- **The trellis** is worth about half a bit at 3 bits: `tcq2.5` stands where `tq3` stands, for half a bit less.
+- **The trellis** is worth nearly half a bit at 3 bits: `tcq2.5` stands near `tq3`, a little above it.
+- **Perplexity is no verdict**: on Qwen2.5 it falls as codes get coarser, and so do the chances of the right answers.
+- **A small mean KL does not find every needle**: what `auto` picks was judged at 2,048 tokens. Where single facts of a
+  long text matter, give keys `tcq3` or `tcq4`, or a wider recent window, and compare in the table of needles.
 - **Keys or values first?** Compare pairs of equal bits; where in doubt leave it to `auto`."""
 
 AUTO = """\
 ## What `auto` chooses
 
-[kv-auto.md](kv-auto.md) says how. These figures are higher than those above: the arithmetic is that of `turbomoe run`
-(packed weights, activations in 8 bits), and only positions behind the exact windows count. "Held out" is another part
-of the book."""
+[kv-auto.md](kv-auto.md) says how. Do not compare these figures with those above: they come from other, shorter parts
+of the book, the arithmetic is that of `turbomoe run` (packed weights, activations in 8 bits), and only positions
+behind the exact windows count. "Held out" is another part again."""

@@ -18,7 +18,7 @@ from turbomoe.models import load_model
 
 RUN = ("-p", "Why?", "-n", "2", "--temp", "0")
 WINDOWS = ("--kv-sink", "4", "--kv-recent", "32")
-CHECKING = "checking which KV types this model bears, once for it..."
+CHECKING = "checking which KV types this model bears, once for these settings..."
 MIB = 1 << 20
 
 

@@ -14,6 +14,7 @@ Words = npt.NDArray[np.uint32]
 
 def run(block: Block, inputs: list[Words]) -> list[Words]:
     """The outputs of the block, by register, for arrays of input words."""
+    assert len(inputs) == block.inputs
     registers = {f"${block.outputs + i}": word.astype(np.uint32) for i, word in enumerate(inputs)}
     for line in re.findall(r"^([a-z][^;{}]*);", block.text, re.MULTILINE):
         name, arguments = line.split(" ", 1)

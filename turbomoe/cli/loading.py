@@ -100,7 +100,7 @@ def choose_types(model: LoadedModel, settings: EngineSettings) -> EngineSettings
 
     if not nothing_to_check(model, settings):
         means(model, widest_need(model, settings.kv))
-        print("checking which KV types this model bears, once for it...", file=sys.stderr, flush=True)
+        print("checking which KV types this model bears, once for these settings...", file=sys.stderr, flush=True)
     with Bar("checking", unit="token") as bar:
         return resolve_kv_types(model, settings, bar)
 

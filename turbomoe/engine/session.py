@@ -95,7 +95,7 @@ def check_replaceable(path: str | PathLike[str]) -> None:
         return
     if kind_of(path) != KIND:
         fix = "Choose another name: what is there stays as it is"
-        raise RecordError(f"Cannot save the session as {fspath(path)}: what is there is no session", fix=fix)
+        raise RecordError(f"Cannot use {fspath(path)} as session: what is there is no session", fix=fix)
 
 
 def _content(engine: Engine, of: Conversation | int) -> _Content:

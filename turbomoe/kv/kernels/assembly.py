@@ -1,4 +1,4 @@
-"""PTX that decodes codes two at a time in packed half precision, built from the codecs' own parameters.
+"""PTX that decodes codes to pairs of halves, built from the codecs' own parameters.
 
 A 32-bit register holds two halves. Scalar codes choose bytes of their levels in permutations of bytes, four codes an
 instruction. A trellis window masked into the low bits of a half and joined with 0x6400 is the number 1024 + window, so
@@ -75,12 +75,12 @@ class _Writer:
         return Block("{\n" + "\n".join([registers, *constants, *self._lines]) + "\n}", self.inputs, self.outputs)
 
 
-def _masked(w: _Writer, word: str, mask: str, base: str | None = None) -> str:
-    """(word & mask) | base, which is 0x6400 in both halves unless given, in one instruction.
+def _masked(w: _Writer, word: str, mask: str, base: str) -> str:
+    """(word & mask) | base, in one instruction.
 
     Written out: left alone, the assembler makes two of it, each with a constant inside, and this pipe is half as wide.
     """
-    return w.op("lop3.b32", word, w.constant(mask), base or w.constant("0x64006400"), "0xea")
+    return w.op("lop3.b32", word, w.constant(mask), base, "0xea")
 
 
 def _shifted(w: _Writer, word: str, right: int) -> str:

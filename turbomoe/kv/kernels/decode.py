@@ -155,7 +155,7 @@ def _scores(queries, k, EXACT: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _log2(x, ASM: tl.constexpr):
-    """log2 of positive normal numbers: one instruction of 2^-22 absolute error for the twenty of ``tl.log2``."""
+    """log2 of positive normal numbers: one instruction, with a relative error near 2^-22, for twenty of ``tl.log2``."""
     if ASM:
         return tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:

@@ -19,7 +19,7 @@ EARLY = True
 BLOCK, COLUMNS = 64, 64  # parts that are merged at a time, and columns of a program that does
 WARPS, REGISTERS = 4, 168  # registers a thread so that three programs fit an SM
 STAGES = 3  # of the compiler's prefetching, for what the kernel does not read ahead itself
-SELF_READ = {"bf16", "f16", "f32", "q8_0"}
+COMPILER_READ = {"bf16", "f16", "f32", "q8_0"}
 NEVER = 2**31 - 1  # more tokens than any context: nothing lies that far behind
 
 
@@ -78,7 +78,7 @@ def attend_one(
         HALF=triton.next_power_of_2(max(pairs, 1)), num_warps=1,
     )  # fmt: skip
     behind = -1 if paged else NEVER if keys.codec is None else keys.sink + keys.recent
-    stages = 1 if SELF_READ.isdisjoint((kind_of(keys), kind_of(values))) else STAGES
+    stages = 1 if COMPILER_READ.isdisjoint((kind_of(keys), kind_of(values))) else STAGES
     precision = "ieee" if torch.float32 in (keys.exact_dtype, values.exact_dtype) else "tf32"
     decode.attend[(splits + windows, batch * kv_heads)](
         query, turned, factors, offsets, step.starts, step.slots, step.pages, *k[:4], keys.sinks, keys.ring, key,
