@@ -276,9 +276,9 @@ CONTRACT = """\
 ## Errors
 
 {date}, {device}: {count} pairs of types and head sizes over sequences of 0 to 4,097 tokens, 1 to 16 queries a KV
-head, bf16 and fp16 models, windows of 8/31 and 64/256, means that turn and that do not; {bad} outside the contract
-(at most twice the error of plain PyTorch in the same precision, against float64). The worst: {ratio:.2f} times
-PyTorch's, keys {k}, values {v}, heads of {dim}. The assembly's trellis values equal the tables bit for bit."""
+head, bf16 and fp16 models, windows of 8/31, 64/256, 8/0 and 0/0, means that turn and that do not; {bad} outside
+the contract (at most twice the error of plain PyTorch in the same precision, against float64). The worst: {ratio:.2f}
+times PyTorch's, keys {k}, values {v}, heads of {dim}. The assembly's trellis values equal the tables bit for bit."""
 
 MEMORY = """\
 ## Memory
@@ -317,8 +317,8 @@ a trellis value takes 2.5 to 5.5 of them. [log.md](log.md) has what was tried, a
 up instead. `bf16 us` is the fastest of PyTorch's backends in each row. The `q8_0` and `bf16` rows are there to be
 complete: their path through this kernel was not tuned.
 
-Times and memory were taken without key means and scales; with them a query meets one mean a page more. Caches
-without a ring and sliding-window layers are tested in Triton's interpreter only."""
+Times and memory were taken without key means and scales; with them a query meets one mean a page more.
+Sliding-window layers are tested in Triton's interpreter only."""
 
 
 def main() -> None:

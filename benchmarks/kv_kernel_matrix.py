@@ -34,6 +34,7 @@ from turbomoe.kv.trellis_codebook import TRELLISES
 TYPES = ("f16", "bf16", "q8_0", "tq2", "tq3", "tq4", "tcq2", "tcq2.5", "tcq3", "tcq4")
 MIXED = [("tcq3", "tcq2"), ("tcq2.5", "tcq2"), ("q8_0", "tq3"), ("bf16", "tcq3"), ("tq4", "bf16"), ("tcq4", "f16")]
 PAIRS = [*((t, t) for t in TYPES), *MIXED]
+WINDOWS = ((8, 31), (64, 256), (8, 0), (64, 256), (0, 0))
 SIZES, RATIOS, LENGTHS = (64, 128, 256), (1, 3, 8, 16), (0, 1, 40, 105, 1000, 4097)
 SIGMAS = {"tq2": 5e-4, "tq3": 5e-4, "tq4": 1e-3}  # a level's error in half precision; trellis values are exact
 
@@ -71,7 +72,7 @@ def attention(number: int) -> dict:
     dim, (type_k, type_v) = list(itertools.product(SIZES, PAIRS))[number]
     ratio = RATIOS[(number + number // len(PAIRS)) % len(RATIOS)]
     dtype = torch.bfloat16 if number % 3 else torch.float16
-    sink, recent = (64, 256) if number % 2 else (8, 31)
+    sink, recent = WINDOWS[number % len(WINDOWS)]
     turning = (dim // 2, dim // 8, 0)[number % 3]
     case = Case(dim, 2 * ratio, 2, type_k, type_v, LENGTHS, sink, recent, number % 5 != 0, turning, dtype)
     ours, plain = errors(case, attend_one, "cuda")
