@@ -196,7 +196,7 @@ def test_what_cannot_be_a_session_is_refused_before_a_model_is_loaded(
     for path in (thesis, pipe, tmp_path, profile, Path("/dev/null")):
         for verb in (("run", "One?"), ("chat",)):
             done = turbomoe(*verb, "-m", says.path, "--session", path)
-            assert done.code == 1 and f"{path}: what is there is no session. Choose another name" in done.err
+            assert done.code == 1 and f"{path} as session: what is there is no session. Choose another name" in done.err
     assert thesis.read_text() == "Chapter 1" and pipe.is_fifo()
     below = turbomoe("run", "One?", "-m", says.path, "--session", thesis / "below")
     assert below.code == 2 and f"{thesis} is no folder that can be written" in below.err

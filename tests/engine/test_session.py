@@ -316,7 +316,7 @@ def test_what_is_no_session_is_refused_and_never_replaced(models, tmp_path, monk
         (other, "kind"),
     ):
         refused(engine, path, match)
-        with pytest.raises(RecordError, match=f"{path}: what is there is no session. Choose another name"):
+        with pytest.raises(RecordError, match=f"{path} as session: what is there is no session. Choose another name"):
             save_session(engine, 0, path)
     assert thesis.read_bytes() == b"Chapter 1" * 100 and link.is_symlink() and pipe.is_fifo()
     assert sorted(os.listdir(tmp_path)) == ["link", "other", "pipe", "thesis"]
