@@ -12,7 +12,6 @@ the whole attention of one new token in one layer: rotating the query, codes, wi
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from gpu_stamp import stamp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -155,12 +155,9 @@ def bandwidth() -> float:
 
 def measure(args: argparse.Namespace) -> None:
     """Time every shape, length and type, print the table, and keep it."""
-    import triton
-
     warnings.filterwarnings("ignore", message=".*attention|.*kernel|For dense input")
-    rate, rows = bandwidth(), []
-    versions = f"torch {torch.__version__}, triton {triton.__version__}"
-    print(f"{torch.cuda.get_device_name()}, {versions}; copy {rate / 1e12:.2f} TB/s")
+    rate, rows, where = bandwidth(), [], stamp()
+    print(f"{where['device']}, torch {where['torch']}, triton {where['triton']}; copy {rate / 1e12:.2f} TB/s")
     for name in args.shapes:
         for length in args.lengths:
             base = sdpa(SHAPES[name], length)
@@ -171,8 +168,7 @@ def measure(args: argparse.Namespace) -> None:
             for kind in args.types:
                 rows.append(_row(name, length, kind, best, rate))
             del best
-    result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-              "date": datetime.date.today().isoformat(), "copy_tb_s": rate / 1e12, "rows": rows}  # fmt: skip
+    result = {**where, "copy_tb_s": rate / 1e12, "rows": rows}
     if args.output:
         Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
@@ -202,9 +198,7 @@ def _row(name: str, length: int, kind: str, best: Arm, rate: float) -> dict:
 
 def write() -> None:
     """Compose docs/kv-gpu.md from the stored results."""
-    runs = json.loads((RESULTS / "h200.json").read_text())
-    contract = json.loads((RESULTS / "h200-contract.json").read_text())
-    memory = json.loads((RESULTS / "h200-memory.json").read_text())
+    runs, contract, memory = _stored("h200"), _stored("h200-contract"), _stored("h200-memory")
     stamp = f"{runs['date']}, {runs['device']}, torch {runs['torch']}, triton {runs['triton']}"
     parts = [HEAD, f"## Speed\n\n{stamp}; a large copy moves {runs['copy_tb_s']:.2f} TB/s."]
     for shape in dict.fromkeys(row["shape"] for row in runs["rows"]):
@@ -217,14 +211,18 @@ def write() -> None:
         count=len(attention), ratio=worst["error"] / worst["plain"], k=worst["k"], v=worst["v"], dim=worst["head_dim"],
         bad=sum(row["bad"] for row in contract["rows"]), date=contract["date"], device=contract["device"],
     ))  # fmt: skip
-    lines = [f"| {row['type']} | {row['allocated'] / 1e9:.3f} GB | {row['error']:.1e} |" for row in memory["rows"]]
-    parts.append("\n".join([MEMORY, "| types | allocated | error |", "| --- | --- | --- |", *lines]))
+    cells = [[row["type"], f"{row['allocated'] / 1e9:.3f} GB", f"{row['error']:.1e}"] for row in memory["rows"]]
+    parts.append(f"{MEMORY}\n{_ruled([['types', 'allocated', 'error'], *cells])}")
     parts += [_prefill_part(), _encode_part(), FOOT]
     DOCUMENT.write_text("\n\n".join(parts) + "\n")
 
 
+def _stored(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
 def _prefill_part() -> str:
-    run = json.loads((RESULTS / "h200-prefill.json").read_text())
+    run = _stored("h200-prefill")
     cells = [["new", "after", "types", "bf16 ms", "slab ms", "registers ms", "slab's speed"]]
     for row in run["rows"]:
         bf16, slab, registers = (row["ms"].get(name) for name in (row["bf16"], "slab", "registers"))
@@ -238,7 +236,7 @@ def _prefill_part() -> str:
 
 
 def _encode_part() -> str:
-    run = json.loads((RESULTS / "h200-encode.json").read_text())
+    run = _stored("h200-encode")
     cells = [["codec", "head of 128, us", "head of 256, us", "397B shape", "dense 8B shape"]]
     for codec in dict.fromkeys(row["codec"] for row in run["rows"]):
         times = [f"{row['us']:.3f}" for row in run["rows"] if row["codec"] == codec]

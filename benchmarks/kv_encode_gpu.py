@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_stamp import stamp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -185,7 +186,7 @@ def main() -> int:
     # As many as a launch takes twice, all of a layer's keys of 32,768 tokens.
     rows = [time_codec(name, dim, 65_536) for name in TRELLISES for dim in (128, 256)]
     found = [row for shape in SHAPES for row in shares(shape, rows)]
-    print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "compile_s": compiled,
+    print(json.dumps({**stamp(), "compile_s": compiled,
                       "correct": all(checks), "rows": rows, "shares": found}))  # fmt: skip
     return 0 if all(checks) else 1
 

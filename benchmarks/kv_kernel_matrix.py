@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import triton
 import triton.language as tl
+from gpu_stamp import stamp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -111,9 +112,7 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "device": torch.cuda.get_device_name(),
-                "torch": torch.__version__,
-                "triton": triton.__version__,
+                **stamp(),
                 "rows": rows,
             }
         )

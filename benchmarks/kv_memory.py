@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+from gpu_stamp import stamp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -65,7 +66,7 @@ def main() -> None:
         size = f"{allocated / 1e9:.3f} GB allocated for {TOKENS} tokens, {LAYERS} layers"
         print(f"{kind:7} {size}; error {rows[-1]['error']:.1e}")
         del cache
-    print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}))
+    print(json.dumps({**stamp(), "rows": rows}))
 
 
 if __name__ == "__main__":

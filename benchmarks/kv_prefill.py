@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from gpu_stamp import stamp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -281,14 +282,12 @@ def main() -> None:
     if numbers:
         check(numbers)
         return
-    import triton
-
-    started, rows, shapes, failed = time.time(), [], [], ""
+    started, where, rows, shapes, failed = time.time(), stamp(), [], [], ""
     total, bad = matrix()
     print(f"{total} cases, {bad} BAD, {time.time() - started:.0f} s", flush=True)
     try:
         rate = product_rate()
-        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+        print(f"{where['device']}, torch {where['torch']}, triton {where['triton']}")
         print(f"bf16 product {rate:.0f} TFLOP/s: the ceiling")
         times(rate, rows)
         shapes = shapes_of_programs()
@@ -296,7 +295,7 @@ def main() -> None:
         failed = f"{type(error).__name__} {str(error)[:500]}"
         print(f"BAD times stopped: {failed}", flush=True)
     print(f"{time.time() - started:.0f} s")
-    print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+    print(json.dumps({**where,
                       "cases": total, "bad": bad, "failed": failed, "rows": rows, "programs": shapes}))  # fmt: skip
 
 

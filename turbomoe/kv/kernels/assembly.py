@@ -118,6 +118,11 @@ def scalar(bits: int) -> Block:
     return w.block()
 
 
+def _bytes_of(w: _Writer, low: list[str], high: list[str], chosen: str) -> tuple[str, str]:
+    """The low and the high bytes of the levels that the lowest four nibbles choose."""
+    return w.op("prmt.b32", *low, chosen), w.op("prmt.b32", *high, chosen)
+
+
 def _up_to_eight(w: _Writer, bits: int, low: list[str], high: list[str]) -> None:
     """Nibble n of ``chosen`` is the code at bits j or j + 2 of byte n // 2, so half of it serves two bytes."""
     for j in (0, 1):
@@ -125,8 +130,7 @@ def _up_to_eight(w: _Writer, bits: int, low: list[str], high: list[str]) -> None
         if bits == 3:
             chosen = _masked(w, _shifted(w, w.word(1), 2 * j - 2), "0x44444444", chosen)
         for half in (0, 1):
-            here = _shifted(w, chosen, 16 * half)
-            found = w.op("prmt.b32", *low, here), w.op("prmt.b32", *high, here)
+            found = _bytes_of(w, low, high, _shifted(w, chosen, 16 * half))
             for k in (0, 1):
                 w.op("prmt.b32", *found, _BYTES[k], to=f"${2 * (j + 2 * k) + half}")
 
@@ -139,7 +143,7 @@ def _sixteen(w: _Writer, low: list[str], high: list[str]) -> None:
     chosen = w.op("lop3.b32", word, flips, w.constant("0x77777777"), "0x82")  # ~(word ^ flips) & 0x77777777
     for parity in (0, 1):
         here = w.op("prmt.b32", chosen, chosen, "0x0020" if parity == 0 else "0x0031")
-        found = w.op("prmt.b32", *low, here), w.op("prmt.b32", *high, here)
+        found = _bytes_of(w, low, high, here)
         for j in (0, 1):
             level = w.op("prmt.b32", *found, _BYTES[j])
             sign = _shifted(w, word, 8 * parity + 4 * j - 12)

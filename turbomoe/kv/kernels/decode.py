@@ -222,7 +222,7 @@ def _leave_values(part_far, part, total, far, first, D: tl.constexpr):
 
 @triton.jit
 def _pages(
-    turned, factors, offsets, starts, slots, pages, k_codes, k_scales, k_dims, k_table, v_codes, v_scales, v_dims,
+    turned, factors, offsets, starts, pages, k_codes, k_scales, k_dims, k_table, v_codes, v_scales, v_dims,
     v_table, part_top, part_total, part_far, split, part, b, h, pages_per_slot,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BEHIND: tl.constexpr,
     K_KIND: tl.constexpr, V_KIND: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, HAS_MEAN: tl.constexpr,
@@ -232,11 +232,11 @@ def _pages(
     tiles = tl.cdiv(tl.maximum(coded, 0), PAGE)
     each = tiles_each(tiles, SPLITS)
     first, last = split * each, tl.minimum((split + 1) * each, tiles)
-    q = tl.arange(0, QUERIES)
+    top = tl.full((QUERIES,), float("-inf"), tl.float32)
     if first >= last:
-        tl.store(part_top + part * QUERIES + q, tl.full((QUERIES,), float("-inf"), tl.float32))
-        tl.store(part_total + part * QUERIES + q, tl.zeros((QUERIES,), tl.float32))
+        _leave(part_top, part_total, part, top, tl.zeros((QUERIES,), tl.float32))
         return
+    q = tl.arange(0, QUERIES)
     mine, row = q < GROUP, b * HEADS + h * GROUP + q
     PART: tl.constexpr = D // CHUNKS
     part_of, n = tl.arange(0, PART), tl.arange(0, PAGE)
@@ -257,7 +257,6 @@ def _pages(
         queries_2 = queries_2.to(queries.dtype)
         far_2 = tl.zeros((PART, QUERIES), tl.float32)
     factor = tl.load(factors + row, mask=mine, other=0.0)
-    top = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((PAGE, QUERIES), tl.float32)
     far = tl.zeros((PART, QUERIES), tl.float32)
     row_of_table = pages + b * pages_per_slot
@@ -269,8 +268,9 @@ def _pages(
     at = (page * KV_HEADS + h) * PAGE
     k_held = _words(k_codes, at, D, K_KIND, K_WIDTH, 0, CHUNKS, K_AHEAD)
     v_held = _words(v_codes, at, D, V_KIND, V_WIDTH, 0, CHUNKS, V_AHEAD)
-    k_held_2 = _words(k_codes, at, D, K_KIND, K_WIDTH, CHUNKS - 1, CHUNKS, K_AHEAD)
-    v_held_2 = _words(v_codes, at, D, V_KIND, V_WIDTH, CHUNKS - 1, CHUNKS, V_AHEAD)
+    if CHUNKS == 2:
+        k_held_2 = _words(k_codes, at, D, K_KIND, K_WIDTH, 1, CHUNKS, K_AHEAD)
+        v_held_2 = _words(v_codes, at, D, V_KIND, V_WIDTH, 1, CHUNKS, V_AHEAD)
     for tile in tl.range(first, last, num_stages=STAGES):
         next_offset = _offset(offsets, row, mine, tl.minimum(tile + 1, last - 1), pages_per_slot, HAS_MEAN)
         page_after = tl.load(row_of_table + tl.minimum(tile + 2, last - 1))
@@ -279,8 +279,9 @@ def _pages(
         next_at = (next_page * KV_HEADS + h) * PAGE
         next_k = _words(k_codes, next_at, D, K_KIND, K_WIDTH, 0, CHUNKS, K_AHEAD)
         next_v = _words(v_codes, next_at, D, V_KIND, V_WIDTH, 0, CHUNKS, V_AHEAD)
-        next_k_2 = _words(k_codes, next_at, D, K_KIND, K_WIDTH, CHUNKS - 1, CHUNKS, K_AHEAD)
-        next_v_2 = _words(v_codes, next_at, D, V_KIND, V_WIDTH, CHUNKS - 1, CHUNKS, V_AHEAD)
+        if CHUNKS == 2:
+            next_k_2 = _words(k_codes, next_at, D, K_KIND, K_WIDTH, 1, CHUNKS, K_AHEAD)
+            next_v_2 = _words(v_codes, next_at, D, V_KIND, V_WIDTH, 1, CHUNKS, V_AHEAD)
         at = (tl.load(row_of_table + tile) * KV_HEADS + h) * PAGE
         seen = tile * PAGE + row_order(n) < coded
         k = _held(
@@ -313,7 +314,9 @@ def _pages(
             )  # fmt: skip
             far_2 = _mix(far_2, shrink, weights, v, V_EXACT, PRECISION)
         next_page, k_scale, v_scale, offset = page_after, next_k_scale, next_v_scale, next_offset
-        k_held, v_held, k_held_2, v_held_2 = next_k, next_v, next_k_2, next_v_2
+        k_held, v_held = next_k, next_v
+        if CHUNKS == 2:
+            k_held_2, v_held_2 = next_k_2, next_v_2
     sum_of_weights = tl.sum(total, 0)
     _leave(part_top, part_total, part, top, sum_of_weights)
     _leave_values(part_far, part, sum_of_weights, tl.trans(far), 0, D)
@@ -391,7 +394,7 @@ def attend(
     part = tl.program_id(1) * (SPLITS + WINDOWS) + index
     if index < SPLITS:
         _pages(
-            turned, factors, offsets, starts, slots, pages, k_codes, k_scales, k_dims, k_table, v_codes, v_scales,
+            turned, factors, offsets, starts, pages, k_codes, k_scales, k_dims, k_table, v_codes, v_scales,
             v_dims, v_table, part_top, part_total, part_far, index, part, b, h, pages_per_slot,
             HEADS, KV_HEADS, GROUP, D, BEHIND, K_KIND, V_KIND, K_WIDTH, V_WIDTH, HAS_MEAN, SPLITS, CHUNKS,
             STAGES, ASM, PRECISION,
