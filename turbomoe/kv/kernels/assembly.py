@@ -9,11 +9,12 @@ Each builder returns the text of one inline-assembly block: words of one vector 
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from turbomoe.kv.trellis_codebook import Trellis
+from turbomoe.kv.trellis_codebook import UNIT, Lookup, Trellis
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,6 @@ def half2(value: float) -> str:
     """The number twice, as an immediate operand; it must be a half."""
     bits = struct.unpack("<H", struct.pack("<e", value))[0]
     return f"0x{bits:04x}{bits:04x}"
-
-
-def both(low: float, high: float) -> str:
-    """Two numbers, one a lane."""
-    bits = [struct.unpack("<H", struct.pack("<e", v))[0] for v in (low, high)]
-    return f"0x{bits[1]:04x}{bits[0]:04x}"
 
 
 class _Writer:
@@ -154,61 +149,93 @@ def _sixteen(w: _Writer, low: list[str], high: list[str]) -> None:
 _BYTES = ("0x6240", "0x7351")  # of low and high bytes the first and third, or the second and fourth, as two halves
 
 
-def _window(w: _Writer, words: int, first: int) -> str:
-    """The 32 bits from bit ``first`` of the group on; negative: from before its start, filled with zeros."""
-    if first < 0:
-        return w.op("shl.b32", w.word(0), str(-first))
-    index, shift = divmod(first, 32)
-    if shift == 0:
-        return w.word(index)
-    return w.op("shf.r.wrap.b32", w.word(index), w.word(min(index + 1, words)), str(shift))
+def level_tables(lookups: Sequence[Lookup]) -> bytes:
+    """What ``trellis`` looks up: the levels of each table, 8 bytes, counted from its lowest."""
+    return b"".join(bytes(level - min(lookup.levels) for level in lookup.levels) for lookup in lookups)
 
 
-def _lanes(w: _Writer, words: int, low: int, high: int, mask: int, base: str) -> str:
-    """Windows that begin at bits ``low`` and ``high``, one in each half, joined with ``base``."""
-    if high - low == 16:
-        return _masked(w, _window(w, words, low), f"0x{mask:04x}{mask:04x}", base)
-    x = _masked(w, _window(w, words, low), f"0x{mask:08x}", base)
-    if high == low:
-        return w.op("prmt.b32", x, x, "0x1010")
-    return _masked(w, _window(w, words, high - 16), f"0x{mask:04x}0000", x)
+def trellis(trellis: Trellis) -> Block:
+    """Trellis codes to values, a pair a register. In: a group of words, the word after it, ``level_tables``.
 
-
-def _hash(w: _Writer, words: int, steps: tuple[int, int], trellis: Trellis) -> str:
-    """u of two windows: (multiplier * window) modulo 2^window_bits, scaled into [-1, 1)."""
-    half, mask = 1 << trellis.window_bits - 1, trellis.states - 1
-    first, second = (step * trellis.step_bits for step in steps)
-    magic = w.constant("0x64006400")
-    a = (trellis.multipliers[0], trellis.multipliers[-1])
-    if trellis.values == 1 and a[0] * mask < 1 << 16:
-        # Both products fit their halves, and one integer multiplication makes them.
-        x = w.op("mul.lo.u32", _lanes(w, words, first, second, mask, w.constant("0")), str(a[0]))
-        h = _masked(w, x, f"0x{mask:04x}{mask:04x}", magic)
-        return w.op("fma.rn.f16x2", h, w.constant(half2(1 / half)), w.constant(half2(-1024 / half - 1)))
-    # Else halves do: t, from 2048 on, rounds to even numbers, so it is twice the product's whole part and something.
-    h = _lanes(w, words, first, second, mask, magic)
-    multiplier = w.constant(both(*(v / half for v in a)))
-    shift = w.constant(both(*(2051 + v - (1024 + half) * v // half for v in a)))
-    s = w.op("sub.rn.f16x2", shift, w.op("fma.rn.f16x2", h, multiplier, shift))
-    return w.op("fma.rn.f16x2", h, multiplier, s)
-
-
-def trellis(trellis: Trellis, pairs: Sequence[tuple[int, int]]) -> Block:
-    """Trellis codes: a group of words and the one after it to the values of ``pairs`` of steps, a pair a register.
-
-    With two values a step a pair names the same step twice. The arithmetic is that of ``trellis_codebook``, operation
-    by operation, so that both agree bit for bit.
+    Three bits in each nibble choose eight values at a time: four a permutation. Bytes of tables are added as they are,
+    none carries; joined with 0x64 they are the halves 1024 + byte.
     """
-    words, exponents, c = trellis.group_words, trellis.exponents, trellis.coefficients
-    w = _Writer(words + 1, len(pairs))
-    for out, steps in enumerate(pairs):
-        u = _hash(w, words, steps, trellis)
-        powers, e = {1: u}, 1
-        while e < exponents[-1] - 1:
-            powers[2 * e] = w.op("mul.rn.f16x2", powers[e], powers[e])
-            e *= 2
-        total = w.constant(both(c[0][0], c[-1][0]))
-        for k in range(len(exponents) - 1, 0, -1):
-            total = w.op("fma.rn.f16x2", powers[exponents[k] - 1], w.constant(both(c[0][k], c[-1][k])), total)
-        w.op("mul.rn.f16x2", total, u, to=f"${out}")
+    words, many = trellis.group_words, len(trellis.lookups)
+    batches = 4 * words * trellis.values // trellis.step_bits
+    w = _Writer(words + 1 + 2 * many, 4 * batches)
+    tables = [[w.word(words + 1 + 2 * i), w.word(words + 2 + 2 * i)] for i in range(many)]
+    stream = _Stream(w, trellis)
+    base = 1024 - sum(min(lookup.levels) for lookup in trellis.lookups)
+    unit, shift = w.constant(half2(UNIT)), w.constant(half2(-base * UNIT))
+    for batch in range(batches):
+        chosen = [_chosen(w, stream, batch, lookup) for lookup in trellis.lookups]
+        for half in (0, 1):
+            found = [w.op("prmt.b32", *table, _shifted(w, index, 16 * half))
+                     for table, index in zip(tables, chosen, strict=True)]  # fmt: skip
+            total = functools.reduce(lambda a, b: w.op("add.u32", a, b), found)
+            for k, bytes_ in enumerate(("0x4140", "0x4342")):
+                number = w.op("prmt.b32", total, w.constant("0x64646464"), bytes_)
+                w.op("fma.rn.f16x2", number, unit, shift, to=f"${4 * batch + 2 * half + k}")
     return w.block()
+
+
+class _Stream:
+    """The bits of a group of words with steps ``field`` bits apart, 32 at a time from any place on."""
+
+    def __init__(self, w: _Writer, trellis: Trellis) -> None:
+        self._w, self._trellis = w, trellis
+        self._known: dict[int, str] = {}
+
+    def batch(self, batch: int, tap: int) -> str:
+        """What the lookups of this batch see through a tap. Where fields are less than nibbles, batches take turns."""
+        turns = max(1, 4 // self._trellis.field)
+        first, right = batch // turns, batch % turns * self._trellis.field + tap
+        place = 32 * first + right
+        if place not in self._known:
+            if right <= 0:  # no lookup sees what is left of a step
+                self._known[place] = _shifted(self._w, self._word(first), right)
+            else:
+                pair = self._word(first), self._word(first + 1)
+                self._known[place] = self._w.op("shf.r.wrap.b32", *pair, str(right))
+        return self._known[place]
+
+    def _word(self, index: int) -> str:
+        trellis, w = self._trellis, self._w
+        if trellis.field == trellis.step_bits:
+            return w.word(index)
+        if 32 * index not in self._known:
+            steps = 32 // trellis.field
+            word, right = divmod(steps * trellis.step_bits * index, 32)
+            x = w.word(word)
+            if right:
+                x = w.op("shf.r.wrap.b32", x, w.word(min(word + 1, trellis.group_words)), str(right))
+            self._known[32 * index] = self._moved_apart(x, steps)
+        return self._known[32 * index]
+
+    def _moved_apart(self, x: str, steps: int) -> str:
+        """The lowest ``steps`` steps of x: runs are halved, and the upper half of each moves left."""
+        w, step, field = self._w, self._trellis.step_bits, self._trellis.field
+        x = w.op("and.b32", x, w.constant(f"0x{(1 << steps * step) - 1:08x}"))
+        run = steps // 2
+        while run:
+            one = ((1 << run * step) - 1) << run * step
+            mask = sum(one << 2 * run * field * i for i in range(steps // (2 * run)))
+            upper = w.op("and.b32", x, w.constant(f"0x{mask:08x}"))
+            x = w.op("mad.lo.u32", upper, str((1 << run * (field - step)) - 1), x)
+            run //= 2
+        return x
+
+
+def _chosen(w: _Writer, stream: _Stream, batch: int, lookup: Lookup) -> str:
+    """Three bits in each nibble, by one bitwise instruction for two taps, by two for more."""
+    taps, mask = lookup.needed, w.constant("0x77777777")
+    seen = [stream.batch(batch, tap) for tap in taps]
+    if len(taps) <= 2:
+        table = sum(lookup.bit({taps[0]: n >> 2, taps[-1]: n >> 1 & 1}) << n for n in (1, 3, 5, 7))
+        return w.op("lop3.b32", seen[0], seen[-1], mask, f"0x{table:02x}")
+    if len(taps) == 3:
+        table = sum(lookup.bit({tap: n >> 2 - i & 1 for i, tap in enumerate(taps)}) << n for n in range(8))
+        return w.op("and.b32", w.op("lop3.b32", *seen, f"0x{table:02x}"), mask)
+    first = w.op("lop3.b32", *(stream.batch(batch, tap) for tap in lookup.taps[:3]), f"0x{lookup.function:02x}")
+    table = sum((lookup.last >> n & 1) << 2 * n + 1 for n in range(4))
+    return w.op("lop3.b32", first, seen[-1], mask, f"0x{table:02x}")

@@ -96,13 +96,20 @@ def _next_group(first, codes, rows, index, GROUPS: tl.constexpr):
 
 @triton.jit
 def lookup(table, KIND: tl.constexpr):
-    """What the assembly of a scalar codec looks up, int32 four times: see ``assembly.byte_tables``. Read it once."""
-    COUNT: tl.constexpr = 4 if KIND == "tq2" else (8 if KIND == "tq3" else 16)
+    """What the assembly looks up, int32 six times, behind the levels in ``layout.table``. Read it once."""
+    SCALAR: tl.constexpr = 4 if KIND == "tq2" else (8 if KIND == "tq3" else 16)
+    TRELLIS: tl.constexpr = 512 if KIND == "tcq2" else (2048 if KIND == "tcq2.5" else 1024)
     if KIND == "tq2" or KIND == "tq3" or KIND == "tq4":
-        at = (table + COUNT).to(tl.pointer_type(tl.int32))
-        return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+        at = (table + SCALAR).to(tl.pointer_type(tl.int32))
+        return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), 0, 0
+    elif KIND == "tcq2" or KIND == "tcq2.5" or KIND == "tcq3":
+        at = (table + TRELLIS).to(tl.pointer_type(tl.int32))
+        return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), 0, 0
+    elif KIND == "tcq4":
+        at = (table + TRELLIS).to(tl.pointer_type(tl.int32))
+        return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
     else:
-        return 0, 0, 0, 0
+        return 0, 0, 0, 0, 0, 0
 
 
 @triton.jit
@@ -156,18 +163,22 @@ def _registers(group, tables, KIND: tl.constexpr):
         return _merge4(a, b, c, d)
     elif KIND == "tcq2":
         a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            TCQ2_TEXT, TCQ2_REGISTERS, [group[0], group[1]], dtype=(tl.int32,) * 8, is_pure=True, pack=1
-        )
+            TCQ2_TEXT, TCQ2_REGISTERS, [group[0], group[1], tables[0], tables[1], tables[2], tables[3]],
+            dtype=(tl.int32,) * 8, is_pure=True, pack=1,
+        )  # fmt: skip
         return _merge8(a, b, c, d, e, f, g, h)
     elif KIND == "tcq4":
         a, b, c, d = tl.inline_asm_elementwise(
-            TCQ4_TEXT, TCQ4_REGISTERS, [group[0], group[1]], dtype=(tl.int32,) * 4, is_pure=True, pack=1
-        )
+            TCQ4_TEXT, TCQ4_REGISTERS,
+            [group[0], group[1], tables[0], tables[1], tables[2], tables[3], tables[4], tables[5]],
+            dtype=(tl.int32,) * 4, is_pure=True, pack=1,
+        )  # fmt: skip
         return _merge4(a, b, c, d)
     elif KIND == "tcq3":
         r0, r1, r2, r3, r4, r5, r6, r7, r8, r9, r10, r11, r12, r13, r14, r15 = tl.inline_asm_elementwise(
-            TCQ3_TEXT, TCQ3_REGISTERS, [group[0], group[1], group[2], group[3]], dtype=(tl.int32,) * 16, is_pure=True,
-            pack=1,
+            TCQ3_TEXT, TCQ3_REGISTERS,
+            [group[0], group[1], group[2], group[3], tables[0], tables[1], tables[2], tables[3]],
+            dtype=(tl.int32,) * 16, is_pure=True, pack=1,
         )  # fmt: skip
         even, odd = _merge8(r0, r2, r4, r6, r8, r10, r12, r14), _merge8(r1, r3, r5, r7, r9, r11, r13, r15)
         return _merge(even, odd)
@@ -176,7 +187,10 @@ def _registers(group, tables, KIND: tl.constexpr):
             r0, r1, r2, r3, r4, r5, r6, r7, r8, r9, r10, r11, r12, r13, r14, r15,
             r16, r17, r18, r19, r20, r21, r22, r23, r24, r25, r26, r27, r28, r29, r30, r31,
         ) = tl.inline_asm_elementwise(
-            TCQ25_TEXT, TCQ25_REGISTERS, [group[0], group[1], group[2], group[3], group[4], group[5]],
+            TCQ25_TEXT, TCQ25_REGISTERS,
+            [
+                group[0], group[1], group[2], group[3], group[4], group[5], tables[0], tables[1], tables[2], tables[3],
+            ],
             dtype=(tl.int32,) * 32, is_pure=True, pack=1,
         )  # fmt: skip
         first = _merge(_merge8(r0, r4, r8, r12, r16, r20, r24, r28), _merge8(r2, r6, r10, r14, r18, r22, r26, r30))

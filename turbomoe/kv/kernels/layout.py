@@ -17,20 +17,21 @@ SCALAR_BITS = {"tq2": 2, "tq3": 3, "tq4": 4}
 
 
 def step_pairs(trellis: Trellis) -> list[tuple[int, int]]:
-    """The steps of a group of words that share a register: 16 bits apart where that is a whole number of steps."""
+    """The steps of a group of words that share a register: neighbours in a batch of eight values."""
     steps = 32 * trellis.group_words // trellis.step_bits
     if trellis.values == 2:
         return [(i, i) for i in range(steps)]
-    if 16 % trellis.step_bits == 0:
-        return [(i, i + 16 // trellis.step_bits) for i in range(steps // 2)]
-    return [(i, i + 1) for i in range(0, steps, 2)]
+    turns = max(1, 4 // trellis.field)
+    batches = [range(first + turn, first + 8 * turns, turns) for first in range(0, steps, 8 * turns)
+               for turn in range(turns)]  # fmt: skip
+    return [(batch[i], batch[i + 1]) for batch in batches for i in range(0, 8, 2)]
 
 
 def block(name: str) -> assembly.Block:
     """The assembly that decodes a group of words of this codec."""
     if name in SCALAR_BITS:
         return assembly.scalar(SCALAR_BITS[name])
-    return assembly.trellis(TRELLISES[name], step_pairs(TRELLISES[name]))
+    return assembly.trellis(TRELLISES[name])
 
 
 def _group_dims(name: str, head_dim: int) -> torch.Tensor:
@@ -88,13 +89,15 @@ def _digits(*shape: int) -> list[torch.Tensor]:
 
 @functools.lru_cache(maxsize=64)
 def table(name: str, device: str = "cpu") -> torch.Tensor:
-    """float16: a trellis codebook by value and window; the levels of a scalar codec by code, and behind them the bits
-    of its ``byte_tables``; else one zero.
+    """float16: levels, then the bits of what the assembly looks up; else one zero.
+
+    Levels are a trellis codebook, by value and window, or those of a scalar codec, by code.
     """
     if name in TRELLISES:
-        return codebook(TRELLISES[name]).half().to(device)
-    if name in SCALAR_BITS:
-        known = levels(SCALAR_BITS[name])
-        bytes_ = torch.frombuffer(bytearray(assembly.byte_tables(known)), dtype=torch.float16)
-        return torch.cat([torch.tensor(known, dtype=torch.float16), bytes_]).to(device)
-    return torch.zeros(1, dtype=torch.float16, device=device)
+        known, bytes_ = codebook(TRELLISES[name]).flatten().half(), assembly.level_tables(TRELLISES[name].lookups)
+    elif name in SCALAR_BITS:
+        found = levels(SCALAR_BITS[name])
+        known, bytes_ = torch.tensor(found, dtype=torch.float16), assembly.byte_tables(found)
+    else:
+        return torch.zeros(1, dtype=torch.float16, device=device)
+    return torch.cat([known, torch.frombuffer(bytearray(bytes_), dtype=torch.float16)]).to(device)
