@@ -7,7 +7,6 @@ people have is tested too, in a process of its own.
 from __future__ import annotations
 
 import os
-import struct
 import subprocess
 import sys
 
@@ -20,7 +19,6 @@ from turbomoe.kv import decode
 from turbomoe.kv.cache import KVCache
 from turbomoe.kv.kernels import decode_attention, unsupported
 from turbomoe.kv.shape import AttentionShape
-from turbomoe.kv.trellis_codebook import TRELLISES, codebook
 
 pytest.importorskip("triton")
 
@@ -121,30 +119,6 @@ def test_the_kernels_say_what_they_do_not_run() -> None:
     assert unsupported(256, 16) == unsupported(64, 1, torch.float16) == ""
     assert decode_attention("cpu", 128, 4, torch.bfloat16) is decode.attend_one
     assert decode_attention("cuda", 80, 4, torch.bfloat16) is decode.attend_one
-
-
-@pytest.mark.parametrize("name", TRELLISES)
-def test_halves_make_the_codebook(name: str) -> None:
-    """The assembly's arithmetic, operation by operation: every value comes out as the table has it."""
-    trellis, half = TRELLISES[name], 1 << TRELLISES[name].window_bits - 1
-    window = torch.arange(trellis.states, dtype=torch.float64)
-    for values, a, c in zip(codebook(trellis), trellis.multipliers, trellis.coefficients, strict=True):
-        h = 1024 + window
-        shift = 2051 + a - (1024 + half) * a // half
-        t = _half(h * (a / half) + shift)
-        u = _half(h * (a / half) + _half(shift - t))
-        powers, e = {1: u}, 1
-        while e < trellis.exponents[-1] - 1:
-            powers[2 * e], e = _half(powers[e] * powers[e]), 2 * e
-        total = torch.full_like(u, c[0])
-        for k in range(len(c) - 1, 0, -1):
-            total = _half(powers[trellis.exponents[k] - 1] * c[k] + total)
-        assert torch.equal(_half(total * u), values.double())
-
-
-def _half(x: torch.Tensor) -> torch.Tensor:
-    """Rounded to half precision once: float64 holds these products and sums exactly."""
-    return torch.tensor([struct.unpack("<e", struct.pack("<e", v))[0] for v in x.tolist()], dtype=torch.float64)
 
 
 COMPILE = """

@@ -20,7 +20,7 @@ from turbomoe.files.atomic import write_text
 from turbomoe.files.json_file import read_json_object
 from turbomoe.insight.kv_search import Measured, Pair
 
-FORMAT, VERSION = "turbomoe-kv-types", 1
+FORMAT, VERSION = "turbomoe-kv-types", 2  # trellises had other codebooks in 1
 LARGEST_FILE = 1 << 20
 MOST_CHECKS = 32  # other windows, other means: the oldest go
 

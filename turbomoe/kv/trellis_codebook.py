@@ -11,43 +11,29 @@ tables are added. Shifts, functions and tables were searched together for the er
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import torch
 
 UNIT = 2.0**-5  # of the tables
+ALL = 0x77  # three bits of both nibbles of a byte
 
 
 @dataclass(frozen=True)
 class Lookup:
     """A table of eight levels, in ``UNIT``, and what chooses among them.
 
-    ``taps`` are right shifts of the stream (negative: left), a, b, c and d. ``function`` is the truth table of
-    f(a, b, c), bit 4 a + 2 b + c, and ``last`` that of g(f, d), bit 2 f + d. ``mask`` says to which of the three bits d
-    belongs; at the others it is 0.
+    Each tap is a right shift of the stream (negative: left) and the bits of a byte that it counts for, repeated in
+    every byte. Taps are joined by exclusive or; or the first three by ``function``, a truth table whose bit
+    4 a + 2 b + c is f(a, b, c).
     """
 
-    taps: tuple[int, int, int, int]
-    function: int
-    last: int
+    taps: tuple[tuple[int, int], ...]
     levels: tuple[int, ...]
-    mask: int = 7
-
-    def bit(self, seen: Mapping[int, int]) -> int:
-        """What is chosen where each tap shows this bit."""
-        a, b, c, d = (seen.get(tap, 0) for tap in self.taps)
-        return self.last >> 2 * (self.function >> 4 * a + 2 * b + c & 1) + d & 1
-
-    @property
-    def needed(self) -> list[int]:
-        """The taps that make a difference, in order."""
-        taps = list(dict.fromkeys(self.taps))
-        every = [dict(zip(taps, bits, strict=True)) for bits in itertools.product((0, 1), repeat=len(taps))]
-        return [tap for tap in taps if any(self.bit(seen) != self.bit(seen | {tap: 1 - seen[tap]}) for seen in every)]
+    function: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +41,8 @@ class Trellis:
     """``step_bits`` new bits a step, ``values`` values a step, each the sum of what ``lookups`` find in its nibble.
 
     Lookups see the bits of a step ``field`` bits apart from the next one's, with zeros between: in whole nibbles.
+    Those after the first count only where the first one chose a level that ``gate`` has a bit for: so the outer levels
+    lie closer together than the number of table entries tells.
     """
 
     name: str
@@ -63,6 +51,7 @@ class Trellis:
     values: int
     field: int
     lookups: tuple[Lookup, ...]
+    gate: int = 0xFF
 
     @property
     def states(self) -> int:
@@ -83,21 +72,21 @@ TRELLISES = {
     trellis.name: trellis
     for trellis in (
         Trellis("tcq2", 9, 2, 1, 2, (
-            Lookup((6, 6, 6, -1), 0xF0, 0x6, (30, 19, -14, -36, 10, -3, 64, 43), mask=6),
-            Lookup((4, 1, 1, 1), 0x3C, 0xC, (-22, -23, -7, -5, 16, -42, -14, -13)),
+            Lookup(((6, ALL), (-1, 0x66)), (30, 19, -14, -36, 10, -3, 64, 43)),
+            Lookup(((4, ALL), (1, ALL)), (-22, -23, -7, -5, 16, -42, -14, -13)),
         )),
         Trellis("tcq2.5", 10, 5, 2, 8, (
-            Lookup((1, 8, 5, -2), 0x96, 0x6, (17, -5, 7, 62, 43, -41, -19, 30)),
-            Lookup((-3, 2, 2, 4), 0x77, 0x6, (20, -3, -25, -10, -21, -3, -48, -12)),
-        )),
+            Lookup(((8, ALL), (1, ALL), (5, ALL), (-2, ALL)), (22, -34, -18, 6, -6, 18, 34, -90)),
+            Lookup(((1, ALL), (6, ALL), (-3, ALL)), (45, 24, 25, 40, 65, 36, 35, 0)),
+        ), gate=0x81),
         Trellis("tcq3", 10, 3, 1, 4, (
-            Lookup((0, 10, 9, 10), 0x5A, 0x6, (-5, 30, -50, -29, 18, -15, 6, 53)),
-            Lookup((9, 6, 0, 3), 0xBF, 0x6, (-74, 14, 60, -14, -29, -4, -1, 4)),
+            Lookup(((0, ALL), (9, ALL), (10, ALL)), (-5, 30, -50, -29, 18, -15, 6, 53)),
+            Lookup(((9, ALL), (6, ALL), (0, ALL), (3, ALL)), (-74, 14, 60, -14, -29, -4, -1, 4), function=0xBF),
         )),
         Trellis("tcq4", 10, 4, 1, 4, (
-            Lookup((0, 4, 4, 7), 0x3C, 0x6, (-13, 7, -6, -45, 44, -26, 14, 26), mask=4),
-            Lookup((3, 3, 3, 3), 0xF0, 0xC, (-2, -12, -8, 36, 13, 2, -36, 10)),
-            Lookup((5, 7, 7, 7), 0x3C, 0xC, (10, 32, 4, -19, -32, -10, 18, -4)),
+            Lookup(((0, ALL), (4, ALL), (7, 0x44)), (-13, 7, -6, -45, 44, -26, 14, 26)),
+            Lookup(((3, ALL),), (-2, -12, -8, 36, 13, 2, -36, 10)),
+            Lookup(((5, ALL), (7, ALL)), (10, 32, 4, -19, -32, -10, 18, -4)),
         )),
     )
 }  # fmt: skip
@@ -105,10 +94,10 @@ TRELLISES = {
 # Mean squared error relative to the energy, of Gaussian vectors with their norm restored, by head size. Measured on 3
 # million values with the search of ``trellis_search``; the standard error is about 0.1%.
 GAUSSIAN_NMSE = {
-    "tcq2": {64: 0.0751, 128: 0.0754, 256: 0.0756},
+    "tcq2": {64: 0.0750, 128: 0.0753, 256: 0.0755},
     "tcq2.5": {64: 0.0375, 128: 0.0383, 256: 0.0386},
-    "tcq3": {64: 0.0186, 128: 0.0189, 256: 0.0190},
-    "tcq4": {64: 0.00495, 128: 0.00511, 256: 0.00519},
+    "tcq3": {64: 0.0192, 128: 0.0193, 256: 0.0194},
+    "tcq4": {64: 0.00511, 128: 0.00519, 256: 0.00524},
 }
 
 
@@ -116,11 +105,9 @@ GAUSSIAN_NMSE = {
 def codebook(trellis: Trellis, device: str = "cpu") -> torch.Tensor:
     """The values of every window: float32 [values, states], each exact in half precision. Do not write to it."""
     stream = _spread(torch.arange(trellis.states), trellis)
-    total = torch.zeros(trellis.values, trellis.states, dtype=torch.int64)
-    for lookup in trellis.lookups:
-        chosen = _chosen(stream, lookup)
-        nibbles = torch.stack([chosen >> 4 * value & 7 for value in range(trellis.values)])
-        total += torch.tensor(lookup.levels)[nibbles]
+    first, *others = (_found(stream, lookup, trellis.values) for lookup in trellis.lookups)
+    counts = torch.tensor([trellis.gate >> i & 1 for i in range(8)])[first[0]]
+    total = first[1] + counts * sum(levels for _, levels in others)
     return (total * UNIT).float().to(device)
 
 
@@ -144,15 +131,18 @@ def _spread(windows: torch.Tensor, trellis: Trellis) -> torch.Tensor:
     return found
 
 
-def _chosen(stream: torch.Tensor, lookup: Lookup) -> torch.Tensor:
-    """The bits that choose, at the place of each bit of the stream."""
-    a, b, c, d = (stream >> tap if tap >= 0 else stream << -tap for tap in lookup.taps)
-    first, found = torch.zeros_like(stream), torch.zeros_like(stream)
-    for n in range(8):
-        if lookup.function >> n & 1:
-            first |= (a if n & 4 else ~a) & (b if n & 2 else ~b) & (c if n & 1 else ~c)
-    d = d & lookup.mask * 0x1111
-    for n in range(4):
-        if lookup.last >> n & 1:
-            found |= (first if n & 2 else ~first) & (d if n & 1 else ~d)
-    return found
+def _found(stream: torch.Tensor, lookup: Lookup, values: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which level each value finds and what it is, int64 [values, windows] both."""
+    seen = [(stream >> shift if shift >= 0 else stream << -shift) & mask for shift, mask in lookup.taps]
+    if lookup.function is not None:
+        a, b, c, *seen = seen
+        terms = [_minterm(n, a, b, c) for n in range(8) if lookup.function >> n & 1]
+        seen.append(functools.reduce(torch.bitwise_or, terms))
+    chosen = functools.reduce(torch.bitwise_xor, seen) & ALL
+    index = torch.stack([chosen >> 4 * value & 7 for value in range(values)])
+    return index, torch.tensor(lookup.levels)[index]
+
+
+def _minterm(n: int, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """The bits at which a, b, c make the number n."""
+    return (a if n & 4 else ~a) & (b if n & 2 else ~b) & (c if n & 1 else ~c) & ALL

@@ -32,6 +32,7 @@ class TrellisCodec(Codec):
     """
 
     rotated = True
+    version = 2  # other codebooks in 1
 
     def __init__(self, name: str, head_dim: int) -> None:
         super().__init__(head_dim)

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from turbomoe.kv.trellis_codebook import UNIT, Lookup, Trellis
+from turbomoe.kv.trellis_codebook import ALL, UNIT, Lookup, Trellis
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,14 @@ def _sixteen(w: _Writer, low: list[str], high: list[str]) -> None:
 _BYTES = ("0x6240", "0x7351")  # of low and high bytes the first and third, or the second and fourth, as two halves
 
 
-def level_tables(lookups: Sequence[Lookup]) -> bytes:
-    """What ``trellis`` looks up: the levels of each table, 8 bytes, counted from its lowest."""
-    return b"".join(bytes(level - min(lookup.levels) for level in lookup.levels) for lookup in lookups)
+def level_tables(trellis: Trellis) -> bytes:
+    """What ``trellis`` looks up, 8 bytes each: the levels of a table, counted from its lowest; behind the first, where
+    some of its levels shut out the others', which do not.
+    """
+    tables = [bytes(level - min(lookup.levels) for level in lookup.levels) for lookup in trellis.lookups]
+    if trellis.gate != 0xFF:
+        tables.insert(1, bytes(0xFF * (trellis.gate >> i & 1) for i in range(8)))
+    return b"".join(tables)
 
 
 def trellis(trellis: Trellis) -> Block:
@@ -160,23 +165,32 @@ def trellis(trellis: Trellis) -> Block:
     Three bits in each nibble choose eight values at a time: four a permutation. Bytes of tables are added as they are,
     none carries; joined with 0x64 they are the halves 1024 + byte.
     """
-    words, many = trellis.group_words, len(trellis.lookups)
+    words, size = trellis.group_words, len(level_tables(trellis)) // 4
     batches = 4 * words * trellis.values // trellis.step_bits
-    w = _Writer(words + 1 + 2 * many, 4 * batches)
-    tables = [[w.word(words + 1 + 2 * i), w.word(words + 2 + 2 * i)] for i in range(many)]
+    w = _Writer(words + 1 + size, 4 * batches)
+    tables = [[w.word(words + 1 + i), w.word(words + 2 + i)] for i in range(0, size, 2)]
     stream = _Stream(w, trellis)
     base = 1024 - sum(min(lookup.levels) for lookup in trellis.lookups)
     unit, shift = w.constant(half2(UNIT)), w.constant(half2(-base * UNIT))
     for batch in range(batches):
         chosen = [_chosen(w, stream, batch, lookup) for lookup in trellis.lookups]
         for half in (0, 1):
-            found = [w.op("prmt.b32", *table, _shifted(w, index, 16 * half))
-                     for table, index in zip(tables, chosen, strict=True)]  # fmt: skip
-            total = functools.reduce(lambda a, b: w.op("add.u32", a, b), found)
+            here = [_shifted(w, index, 16 * half) for index in chosen]
+            total = _sum_of_levels(w, tables, here, gated=trellis.gate != 0xFF)
             for k, bytes_ in enumerate(("0x4140", "0x4342")):
                 number = w.op("prmt.b32", total, w.constant("0x64646464"), bytes_)
                 w.op("fma.rn.f16x2", number, unit, shift, to=f"${4 * batch + 2 * half + k}")
     return w.block()
+
+
+def _sum_of_levels(w: _Writer, tables: list[list[str]], chosen: list[str], gated: bool) -> str:
+    """Four bytes: what the lowest four nibbles of each of ``chosen`` find."""
+    if gated:
+        chosen = [chosen[0], *chosen]
+    found = [w.op("prmt.b32", *table, index) for table, index in zip(tables, chosen, strict=True)]
+    if gated:
+        found = [found[0], *(w.op("and.b32", levels, found[1]) for levels in found[2:])]
+    return functools.reduce(lambda a, b: w.op("add.u32", a, b), found)
 
 
 class _Stream:
@@ -227,15 +241,23 @@ class _Stream:
 
 
 def _chosen(w: _Writer, stream: _Stream, batch: int, lookup: Lookup) -> str:
-    """Three bits in each nibble, by one bitwise instruction for two taps, by two for more."""
-    taps, mask = lookup.needed, w.constant("0x77777777")
-    seen = [stream.batch(batch, tap) for tap in taps]
-    if len(taps) <= 2:
-        table = sum(lookup.bit({taps[0]: n >> 2, taps[-1]: n >> 1 & 1}) << n for n in (1, 3, 5, 7))
-        return w.op("lop3.b32", seen[0], seen[-1], mask, f"0x{table:02x}")
-    if len(taps) == 3:
-        table = sum(lookup.bit({tap: n >> 2 - i & 1 for i, tap in enumerate(taps)}) << n for n in range(8))
-        return w.op("and.b32", w.op("lop3.b32", *seen, f"0x{table:02x}"), mask)
-    first = w.op("lop3.b32", *(stream.batch(batch, tap) for tap in lookup.taps[:3]), f"0x{lookup.function:02x}")
-    table = sum((lookup.last >> n & 1) << 2 * n + 1 for n in range(4))
-    return w.op("lop3.b32", first, seen[-1], mask, f"0x{table:02x}")
+    """Three bits in each nibble."""
+    everywhere = [stream.batch(batch, shift) for shift, mask in lookup.taps if mask == ALL]
+    if lookup.function is not None or len(everywhere) > 2:
+        table = 0x96 if lookup.function is None else lookup.function
+        everywhere = [w.op("lop3.b32", *everywhere[:3], f"0x{table:02x}"), *everywhere[3:]]
+    all_bits = w.constant(_everywhere(ALL))
+    if len(everywhere) == 1:
+        found = w.op("and.b32", *everywhere, all_bits)
+    else:
+        found = w.op("lop3.b32", *everywhere, all_bits, "0x28")  # (a ^ b) & c
+    for shift, mask in lookup.taps:
+        if mask != ALL:
+            found = w.op(
+                "lop3.b32", found, stream.batch(batch, shift), w.constant(_everywhere(mask)), "0x78"
+            )  # a^(b&c)
+    return found
+
+
+def _everywhere(byte: int) -> str:
+    return f"0x{byte * 0x01010101:08x}"

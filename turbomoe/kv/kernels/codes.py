@@ -102,10 +102,10 @@ def lookup(table, KIND: tl.constexpr):
     if KIND == "tq2" or KIND == "tq3" or KIND == "tq4":
         at = (table + SCALAR).to(tl.pointer_type(tl.int32))
         return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), 0, 0
-    elif KIND == "tcq2" or KIND == "tcq2.5" or KIND == "tcq3":
+    elif KIND == "tcq2" or KIND == "tcq3":
         at = (table + TRELLIS).to(tl.pointer_type(tl.int32))
         return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), 0, 0
-    elif KIND == "tcq4":
+    elif KIND == "tcq2.5" or KIND == "tcq4":
         at = (table + TRELLIS).to(tl.pointer_type(tl.int32))
         return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
     else:
@@ -190,6 +190,7 @@ def _registers(group, tables, KIND: tl.constexpr):
             TCQ25_TEXT, TCQ25_REGISTERS,
             [
                 group[0], group[1], group[2], group[3], group[4], group[5], tables[0], tables[1], tables[2], tables[3],
+                tables[4], tables[5],
             ],
             dtype=(tl.int32,) * 32, is_pure=True, pack=1,
         )  # fmt: skip

@@ -94,7 +94,7 @@ def table(name: str, device: str = "cpu") -> torch.Tensor:
     Levels are a trellis codebook, by value and window, or those of a scalar codec, by code.
     """
     if name in TRELLISES:
-        known, bytes_ = codebook(TRELLISES[name]).flatten().half(), assembly.level_tables(TRELLISES[name].lookups)
+        known, bytes_ = codebook(TRELLISES[name]).flatten().half(), assembly.level_tables(TRELLISES[name])
     elif name in SCALAR_BITS:
         found = levels(SCALAR_BITS[name])
         known, bytes_ = torch.tensor(found, dtype=torch.float16), assembly.byte_tables(found)
