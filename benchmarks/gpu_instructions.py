@@ -4,12 +4,14 @@
 
 One program of 32 warps an SM repeats an instruction on eight independent registers. "Lanes" are results of 32 bits (a
 pair of halves counts once) a clock and SM, by the time of the whole launch and the clock that the driver states as the
-highest. Last line JSON.
+highest. Then what the assembly of each codec takes of them for a value, unpacking included. Last line JSON.
 """
 
 from __future__ import annotations
 
+import collections
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -19,6 +21,9 @@ import triton.language as tl
 from gpu_stamp import stamp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from turbomoe.kv.kernels.layout import SCALAR_BITS, block
+from turbomoe.kv.trellis_codebook import TRELLISES
 
 CHAINS, UNROLLED, ROUNDS, WARPS = 8, 8, 2000, 32
 
@@ -69,11 +74,21 @@ def lanes(line: str) -> float:
     return CHAINS * UNROLLED * ROUNDS * threads / clocks
 
 
+def per_value(name: str) -> dict[str, float]:
+    """Instructions a value of a codec, by name; constants are made once."""
+    found = collections.Counter(re.findall(r"^(\w+)\.(?!reg)", block(name).text, re.MULTILINE))
+    return {each: count / (2 * block(name).outputs) for each, count in found.items() if each != "mov"}
+
+
 def main() -> None:
     found = {name: lanes(line) for name, line in INSTRUCTIONS.items()}
     for name, rate in found.items():
         print(f"{name:40} {rate:6.1f} lanes a clock")
-    print(json.dumps({**stamp(), "lanes": found}))
+    counts = {name: per_value(name) for name in (*SCALAR_BITS, *TRELLISES)}
+    for name, count in counts.items():
+        kinds = ", ".join(f"{each} {number:.2f}" for each, number in count.items())
+        print(f"{name:7} {sum(count.values()):.2f} a value: {kinds}")
+    print(json.dumps({**stamp(), "lanes": found, "per_value": counts}))
 
 
 if __name__ == "__main__":

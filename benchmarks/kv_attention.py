@@ -213,7 +213,7 @@ def write() -> None:
     ))  # fmt: skip
     cells = [[row["type"], f"{row['allocated'] / 1e9:.3f} GB", f"{row['error']:.1e}"] for row in memory["rows"]]
     parts.append(f"{MEMORY}\n{_ruled([['types', 'allocated', 'error'], *cells])}")
-    parts += [_prefill_part(), _encode_part(), FOOT]
+    parts += [_prefill_part(), _encode_part(), _instructions_part(), FOOT]
     DOCUMENT.write_text("\n\n".join(parts) + "\n")
 
 
@@ -244,6 +244,16 @@ def _encode_part() -> str:
     return f"{ENCODE.format(**run)}\n\n{_ruled(cells)}"
 
 
+def _instructions_part() -> str:
+    run = _stored("h200-instructions")
+    cells = [["instruction", "lanes a clock"], *([name, f"{rate:.0f}"] for name, rate in run["lanes"].items())]
+    kinds = list(dict.fromkeys(kind for counts in run["per_value"].values() for kind in counts))
+    values = [["a value takes", *kinds, "in all"]]
+    values += [[name, *(f"{counts[k]:.2f}" if k in counts else "" for k in kinds), f"{sum(counts.values()):.2f}"]
+               for name, counts in run["per_value"].items()]  # fmt: skip
+    return f"{INSTRUCTIONS.format(**run)}\n\n{_ruled(cells)}\n\n{PER_VALUE}\n\n{_ruled(values)}"
+
+
 def _ruled(cells: list[list[str]]) -> str:
     cells.insert(1, ["-" * max(map(len, column)) for column in zip(*cells, strict=True)])
     return "\n".join(table_lines(cells))
@@ -260,9 +270,9 @@ HEAD = """\
 # Decoding from codes on a GPU
 
 `turbomoe run` does not use a GPU yet; these kernels are what it will use there, and `EngineSettings(device="cuda")`
-in Python does. **In short**: `tq2`, `tq3` and `tq4` beat bf16 from 32,768 tokens on in every shape, `tcq2` too, by
-less; `tcq2.5` and `tcq3` are slower than bf16 everywhere and `tcq4` nearly everywhere, so that today they save
-memory and not time. Both sides have the same type in these tables.
+in Python does. **In short**: from 32,768 tokens on `tq2`, `tq3`, `tq4` and `tcq2` beat bf16 in every shape; `tcq3`
+and `tcq4` beat it in the 397B shape, and with heads of 128 from 131,072 tokens on; `tcq2.5` beats it in the 397B
+shape from 131,072 tokens on and is a tenth slower elsewhere. Both sides have the same type in these tables.
 
 Written by `python benchmarks/kv_attention.py write`. What was measured: `python benchmarks/kv_attention.py measure`
 (times, inside CUDA graphs), `python benchmarks/kv_kernel_matrix.py` (errors), `python benchmarks/kv_memory.py`
@@ -308,15 +318,23 @@ FOOT = """\
 
 The goals were 2.5 times bf16's speed for 2 to 4 scalar bits and 1.8 times for the 2-bit trellis at 262,144 tokens of
 the 397B shape, at most 1.15 times its time at 4,096, and faster from 32,768 on for every type; they were set for an
-H100, and this GPU has 1.4 times its memory bandwidth with the same arithmetic, which helps bf16 most. **They were
-not reached**, but at 4,096 tokens by `tq2` and `tq3`. Scalar codes are now bound by waiting (barriers, loads, tensor
-cores), trellises by arithmetic: half-precision pairs run at half the rate of single-precision instructions here, and
-a trellis value takes 2.5 to 5.5 of them. [log.md](log.md) has what was tried, and a trellis whose values are looked
-up instead. `bf16 us` is the fastest of PyTorch's backends in each row. The `q8_0` and `bf16` rows are there to be
-complete: their path through this kernel was not tuned.
+H100, and this GPU has 1.4 times its memory bandwidth with the same arithmetic, which helps bf16 most. Reached: 1.8
+by `tcq2`; faster from 32,768 on in the 397B shape by all but `tcq2.5`, which is level with bf16 there; 1.15 by `tq2`
+and `tq3`. **Not reached**: 2.5 by scalar codes. Those are bound by waiting (barriers, loads, tensor cores),
+trellises by arithmetic: most of what a value takes comes at 64 lanes
+a clock. `bf16 us` is the fastest of PyTorch's backends in each row. The `q8_0` and `bf16` rows
+are there to be complete: their path through this kernel was not tuned.
 
 Times and memory were taken without key means and scales; with them a query meets one mean a page more.
 Sliding-window layers are tested in Triton's interpreter only."""
+
+INSTRUCTIONS = """\
+## What an SM of this GPU does in a clock
+
+{date}, {device}: `python benchmarks/gpu_instructions.py`. Results of 32 bits; a pair of halves counts once."""
+
+PER_VALUE = """\
+Decoding alone, from words of codes to halves (a block covers 8 to 64 values; constants are made once):"""
 
 
 def main() -> None:
