@@ -95,7 +95,7 @@ TRELLISES = {
 # million values with the search of ``trellis_search``; the standard error is about 0.1%.
 GAUSSIAN_NMSE = {
     "tcq2": {64: 0.0750, 128: 0.0753, 256: 0.0755},
-    "tcq2.5": {64: 0.0375, 128: 0.0383, 256: 0.0386},
+    "tcq2.5": {64: 0.0385, 128: 0.0391, 256: 0.0395},
     "tcq3": {64: 0.0192, 128: 0.0193, 256: 0.0194},
     "tcq4": {64: 0.00511, 128: 0.00519, 256: 0.00524},
 }
