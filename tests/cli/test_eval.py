@@ -22,6 +22,7 @@ SPECS = {
     "tcq3/tcq2.5@8+16": KVSettings("tcq3", "tcq2.5", 8, 16),
     "tcq2.5/tcq2": KVSettings("tcq2.5", "tcq2"),
     "turbo3": KVSettings("tq3", "tq3"),
+    "TQ3/Turbo4@8+16": KVSettings("tq3", "tq4", 8, 16),
     "bf16/q8_0": KVSettings("bf16", "q8_0"),
     "tq4@128+1024": KVSettings("tq4", "tq4", 128, 1024),
     "tq3@0+0-means": KVSettings("tq3", "tq3", 0, 0, means=False),
@@ -110,10 +111,16 @@ def test_a_text_that_is_not_utf8(turbomoe: Turbomoe, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spec", ["tq9", "tq3/zip"])
-def test_an_unknown_type_is_told_before_the_weights_are_read(turbomoe: Turbomoe, chat_model: Path, spec: str) -> None:
-    done = turbomoe("eval", "-m", chat_model, "--kv", spec)
+def test_an_unknown_type_is_told_before_the_model_is_looked_for(turbomoe: Turbomoe, spec: str) -> None:
+    done = turbomoe("eval", "-m", "/no/model", "--kv", spec)
     assert done.code == cli.USAGE and done.out == ""
-    assert spec.split("/")[-1] in done.err and "device" not in done.err
+    assert f"There is no KV cache type {spec.split('/')[-1]!r}" in done.err
+
+
+@pytest.mark.parametrize("spec", ["auto", "tq3/AUTO"])
+def test_auto_is_no_setting_to_name(turbomoe: Turbomoe, spec: str) -> None:
+    done = turbomoe("eval", "-m", "/no/model", "--kv", spec)
+    assert done.code == cli.USAGE and "Leave --kv out to judge what auto chooses" in done.err
 
 
 def test_an_empty_text(turbomoe: Turbomoe, chat_model: Path, tmp_path: Path) -> None:

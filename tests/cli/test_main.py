@@ -75,6 +75,18 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "HEAVY []"
 
 
+def test_an_unknown_kv_type_is_refused_while_nothing_heavy_is_there() -> None:
+    for line in (["run", "-m", "x", "-ctk", "tq5"], ["eval", "-m", "x", "--kv", "tq5"]):
+        code = (
+            f"import sys\nfrom turbomoe.cli.main import main\nassert main({line!r}) == 2\n"
+            f"print([name for name in {HEAVY!r} if name in sys.modules])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout == "[]\n" and done.stderr.startswith(
+            "There is no KV cache type 'tq5'. The nearest name is tq"
+        )
+
+
 def test_every_verb_is_listed_and_explains_itself() -> None:
     listing = turbomoe("--help").stdout
     needed = {verb: ["-m", "x"] for verb in ("run", "chat", "eval")}

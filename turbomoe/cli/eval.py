@@ -13,6 +13,7 @@ from turbomoe.cli.prompts import read_text, text_ids
 from turbomoe.cli.tables import table_lines
 from turbomoe.config import EngineSettings, KVSettings
 from turbomoe.errors import RequestError, SettingsError
+from turbomoe.kv_types import AUTO
 from turbomoe.notices import Notice, board
 
 if TYPE_CHECKING:
@@ -104,10 +105,14 @@ def tokens_of(model: LoadedModel, text: str, name: str, limit: int) -> list[int]
 
 def parse_spec(spec: str) -> KVSettings:
     """Settings from a short description; raises ``SettingsError`` for one that cannot be read."""
-    match = _SPEC.fullmatch(spec)
+    match = _SPEC.fullmatch(spec.lower())
     if match is None:
         raise SettingsError(f"{spec!r} is not a KV setting", fix=f"Write {SPEC_HELP}")
     key, value, sink, recent, no_means = match.groups()
+    if AUTO in (key, value):
+        raise SettingsError(
+            "--kv judges types that it names, not auto", fix="Leave --kv out to judge what auto chooses"
+        )
     default = KVSettings()
     windows = (default.sink, default.recent) if sink is None else (int(sink), int(recent))
     return KVSettings(key, value or key, *windows, means=no_means is None)

@@ -41,7 +41,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: this process's) and return its exit code."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except SettingsError as error:  # a value that a flag's own reader refuses
+        return report(error, debug=False)
     if args.verb is None:
         parser.print_help(sys.stderr)
         return USAGE

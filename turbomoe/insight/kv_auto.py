@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from turbomoe.config import AUTO, EngineSettings, KVChoice, KVSettings
+from turbomoe.config import EngineSettings, KVChoice, KVSettings
 from turbomoe.engine.calibrate import means_for, means_path
 from turbomoe.files.atomic import WriteError
 from turbomoe.insight.kv_check import FEWEST, Progress, check_ids, check_tokens, first_judged, measure
@@ -35,6 +35,7 @@ from turbomoe.insight.kv_record import (
 )
 from turbomoe.insight.kv_search import ANCHOR, EXACT, LADDER, Found, Judge, Measured, Pair, Search
 from turbomoe.kv.means import KVMeans, MeansError
+from turbomoe.kv_types import AUTO
 from turbomoe.models.base import LoadedModel
 from turbomoe.native.library import load_core
 from turbomoe.notices import Notice, board

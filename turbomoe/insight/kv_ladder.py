@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from turbomoe.config import AUTO, EngineSettings, KVSettings
+from turbomoe.config import EngineSettings, KVSettings
 from turbomoe.errors import SettingsError
 from turbomoe.insight.kv_search import EXACT, LADDER, SCALAR
 from turbomoe.kv.codecs import make_codec
 from turbomoe.kv.shape import AttentionShape, LayerShape
+from turbomoe.kv_types import AUTO
 from turbomoe.native.library import load_core
 
 

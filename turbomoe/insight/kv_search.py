@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
-from turbomoe.config import AUTO
+from turbomoe.kv_types import AUTO
 
 # Widest first. The registry of codecs has more; these are what nobody would want to replace by another at equal bits.
 LADDER = ("q8_0", "tcq4", "tcq3", "tcq2.5", "tcq2")
