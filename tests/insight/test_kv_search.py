@@ -138,6 +138,15 @@ def test_what_was_given_up_is_measured_again_where_that_matters() -> None:
     assert ("tq4", "tq4") in judge.pairs and found.pair == ("tq4", "tq2")
 
 
+def test_a_pair_that_failed_never_wins_and_is_not_measured_again() -> None:
+    """However small its mean was up to there, and though it stopped short of the end."""
+    table = additive(EASY, VALUES)
+    known = {("tq3", "tq3"): Measured(0.0, 10, OF, failed=True), ANCHOR: Measured(9.0, OF, OF, failed=True)}
+    found, judge = search(table, known=dict(known))
+    assert found.pair == ("tq4", "tq2") and found.budget == BUDGET, "nor does it make a budget"
+    assert not set(judge.pairs) & set(known)
+
+
 def test_without_q8_0_the_budget_is_the_constant() -> None:
     found, judge = search(additive(EASY, VALUES), ladder=("tq4", "tq3", "tq2"))
     assert found.budget == BUDGET and ANCHOR not in judge.pairs and found.pair == ("tq3", "tq2")
