@@ -155,6 +155,16 @@ def test_a_check_teaches_the_expert_cache_nothing(folder: Path) -> None:
     assert moe.experts.describe() == before
 
 
+def test_what_a_check_may_try_at_most(model: LoadedModel, checks) -> None:
+    """Two sides: where nothing passes but bf16, the whole ladder is tried beside it as well."""
+    resolve_kv_types(model, replace(WISH, kv=replace(AUTO, budget=1e-9)))
+    assert len(set().union(*checks)) == kv_ladder.most_pairs(model, AUTO) == 2 * len(LADDER) + 1
+    checks.clear()
+    one = replace(AUTO, type_k="tq4")
+    resolve_kv_types(model, replace(WISH, kv=one))
+    assert len(set().union(*checks)) == kv_ladder.most_pairs(model, one) == len(LADDER) + 1
+
+
 # Pairs that compute nonsense
 
 

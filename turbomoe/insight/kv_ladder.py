@@ -48,6 +48,12 @@ def rounds(facts: Facts, kv: KVSettings) -> list[list[KVSettings]]:
     return [[filled(kv, name, name) for name in types], beside_exact]
 
 
+def most_pairs(facts: Facts, kv: KVSettings) -> int:
+    """How many pairs of types a check may try: all of the ladder, and what lies around the one that passes."""
+    types = len(ladder_of(facts.layers).types)
+    return 2 * types + 1 if (kv.type_k, kv.type_v) == (AUTO, AUTO) else types + 1
+
+
 def exact(kv: KVSettings) -> KVSettings:
     """``kv`` with bf16 where it says ``auto``."""
     return filled(kv, EXACT, EXACT)

@@ -21,6 +21,7 @@ EXACT = "bf16"
 ANCHOR = ("q8_0", "q8_0")
 BUDGET = 0.02  # nats a token: room for about 3 bits on the models that bear them (docs/kv-quality.md)
 OVER_ANCHOR = 1.5
+MOST_PASSES = 3  # of the judge: the ladder, what was given up too early, what lies around the best
 
 Pair = tuple[str, str]
 
