@@ -88,6 +88,34 @@ def test_by_default_as_many_tokens_as_the_model_can_take(turbomoe: Turbomoe, cha
     assert turbomoe("eval", "-m", chat_model, "--json", "--strict").json["results"][0]["tokens"] == CONTEXT
 
 
+def no_codes(label: str, sink: int, recent: int, tokens: int) -> str:
+    return (
+        f"note: no position saw codes under {label}: the first {sink} and the last {recent} tokens stay exact, and "
+        f"{tokens} tokens are judged. To avoid: judge more than {sink + recent + 1} tokens (--tokens N, or a longer "
+        "--text)."
+    )
+
+
+def test_a_text_within_the_exact_windows_is_told_to_say_nothing(turbomoe: Turbomoe, chat_model: Path) -> None:
+    """To the token: position 25 is the first that sees a code of windows 8/16."""
+    run = ("eval", "-m", chat_model, "--json", "--kv", "tq2@8+16", "--kv", "bf16", "--kv", "tq3@0+0")
+    for tokens, told in ((25, True), (26, False)):
+        done = turbomoe(*run, "--tokens", tokens)
+        assert (no_codes("tq2 8/16", 8, 16, tokens) in done.err.splitlines()) == told
+        assert (done.json["results"][2]["mean_kl"] < 1e-7) == told, "what the note says is so"
+        assert done.err.count("no position saw codes") == told
+    assert turbomoe(*run, "--tokens", 25, "--strict").code == cli.ERROR
+
+
+def test_so_is_one_where_auto_took_bf16_for_that(turbomoe: Turbomoe, chat_model: Path, state_home: Path) -> None:
+    done = turbomoe("eval", "-m", chat_model, "--tokens", 100)
+    assert done.code == 0 and no_codes("auto", 64, 256, 100) in done.err.splitlines()
+    for side in ("-ctk", "-ctv"):
+        done = turbomoe("eval", "-m", chat_model, "--tokens", 100, side, "tq4")
+        assert done.err.count("no position saw codes under ") == 1
+    assert "no position" not in turbomoe("eval", "-m", chat_model, "--tokens", 100, "-ctk", "bf16", "-ctv", "bf16").err
+
+
 BAD = {
     "missing text": (["--text", "/nowhere"], "Cannot read /nowhere. No such file or directory."),
     "one token": (["--tokens", "1"], "--tokens must be at least 2"),

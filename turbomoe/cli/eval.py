@@ -66,6 +66,7 @@ def main(args: argparse.Namespace) -> int:
     ids = tokens_of(model, text, name, settings.ctx_size)
     if args.tokens is not None and len(ids) < args.tokens:
         board.post(Notice(f"{len(ids)} tokens are judged, not {args.tokens}", f"{name} has no more", expected=True))
+    note_exact(settings, judged, len(ids))
     for kv in judged:
         means(model, kv)
     with Bar("judging", unit="token") as bar:
@@ -93,6 +94,24 @@ def judged_settings(specs: list[KVSettings], kv: KVSettings) -> list[KVSettings]
     if specs:
         return specs
     return [kv] if (kv.type_k, kv.type_v) != (REFERENCE.type_k, REFERENCE.type_v) else []
+
+
+def note_exact(settings: EngineSettings, judged: list[KVSettings], tokens: int) -> None:
+    """Say so where a judgement over ``tokens`` tokens tells nothing: every position lies in the exact windows."""
+    from turbomoe.insight.divergence import label_of
+    from turbomoe.insight.kv_check import first_judged
+    from turbomoe.kv.cache import EXACT_TYPES
+
+    coded = [kv for kv in judged if {kv.type_k, kv.type_v} - EXACT_TYPES.keys()]
+    named = {label_of(kv): kv for kv in coded}
+    if settings.kv_choice is not None and not coded:  # auto saw it too, and took bf16
+        named = {"auto": settings.kv}
+    for name, kv in named.items():
+        first = first_judged(kv)
+        if tokens <= first:
+            why = f"the first {kv.sink} and the last {kv.recent} tokens stay exact, and {tokens} tokens are judged"
+            avoid = f"judge more than {first} tokens (--tokens N, or a longer --text)"
+            board.post(Notice(f"no position saw codes under {name}", why, avoid=avoid))
 
 
 def tokens_of(model: LoadedModel, text: str, name: str, limit: int) -> list[int]:
