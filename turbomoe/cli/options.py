@@ -107,7 +107,7 @@ def _add_experts(parser: argparse.ArgumentParser, defaults: ExpertSettings) -> N
         "--moe-cache",
         metavar="SIZE",
         default=defaults.cache,
-        help="room for copies of hot experts: off, auto, or a size such as 2G (default %(default)s)",
+        help="room for copies of hot (often used) experts: off, auto, or a size such as 2G (default %(default)s)",
     )
     group.add_argument(
         "--moe-policy",
@@ -131,14 +131,16 @@ def add_moe_tuning(group: argparse._ArgumentGroup, defaults: ExpertSettings) -> 
         type=float,
         metavar="X",
         default=defaults.hysteresis,
-        help="how many times hotter a newcomer must be than what it evicts (default %(default)s)",
+        help="hysteresis: how many times hotter (more used of late) a newcomer must be than the expert whose copy it "
+        "evicts; more means fewer copies made (default %(default)s)",
     )
     group.add_argument(
         "--moe-half-life",
         type=float,
         metavar="TOKENS",
         default=defaults.half_life,
-        help="tokens after which a sighting counts half (default %(default)s)",
+        help="tokens after which a sighting (one use of an expert) counts half: less follows changes faster "
+        "(default %(default)s)",
     )
 
 
