@@ -13,6 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from turbomoe import __version__
 from turbomoe.errors import SettingsError, TurbomoeError
@@ -63,12 +64,17 @@ def _run(args: argparse.Namespace) -> int:
     codes = [_attempt(lambda: int(args.main(args)), args.debug)]
     if codes == [INTERRUPTED] and args.at_exit:
         print("Interrupted.", file=sys.stderr, flush=True)  # saving may take a while, and fail
-    codes += [_attempt(finish, args.debug) for finish in args.at_exit]
+    codes += [_attempt(partial(_at_exit, finish), args.debug) for finish in args.at_exit]
     return next((code for code in codes if code != OK), OK)
 
 
-def _attempt(action: Callable[[], int | None], debug: bool) -> int:
-    """The exit code of ``action`` (None is success), or of what ended it, once that has been told."""
+def _at_exit(finish: Callable[[], object]) -> int:
+    finish()
+    return OK
+
+
+def _attempt(action: Callable[[], int], debug: bool) -> int:
+    """The exit code of ``action``, or of what ended it, once that has been told."""
     try:
         code = action()
         sys.stdout.flush()  # here, where a reader that went away can still be answered
@@ -80,7 +86,7 @@ def _attempt(action: Callable[[], int | None], debug: bool) -> int:
         return BROKEN_PIPE
     except Exception as error:
         return report(error, debug)
-    return code or OK
+    return code
 
 
 def report(error: Exception, debug: bool) -> int:
