@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from turbomoe.cli.loading import Bar, quiet_transformers
-from turbomoe.cli.profile import render
+from turbomoe.cli.profile import LEGEND, render
 from turbomoe.config import EngineSettings, ExpertSettings, KVSettings
 from turbomoe.experts.residency import count_ids
 from turbomoe.files.reference import resolve
@@ -238,7 +238,7 @@ def tables(figures: dict[str, Any]) -> Iterator[str]:
         "are of decode, after the\nfirst 256 tokens unless said.\n"
     )
     yield "### The routing\n"
-    yield render(figures["domains"]).replace("\n5% to", "\n\n5% to") + "\n"
+    yield render(figures["domains"]).replace(f"\n{LEGEND[0]}", f"\n\n{LEGEND[0]}") + "\n"
     for name, found in figures["policies"].items():
         yield f"### Policies on {name}: hit rate / experts copied per layer and token\n"
         names = dict.fromkeys(o["policy"] for o in found)

@@ -196,6 +196,8 @@ Every pair that was tried, keys/values, mean KL up to where it was settled:
 
 def _tried(model: str, arm: Record) -> tuple[str, str]:
     given_up = "" if arm["tokens"] == arm["of"] else " (given up)"
+    if arm.get("failed"):
+        given_up = " (not finite)"
     return model, f"{arm['k']}/{arm['v']} {arm['kl']:.4f}{given_up}"
 
 

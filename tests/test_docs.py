@@ -16,6 +16,7 @@ from turbomoe.cli.options import add_common, add_engine, add_model
 from turbomoe.cli.session import add_session
 from turbomoe.config import EngineSettings
 from turbomoe.files.blocks import FORMATS
+from turbomoe.insight.kv_check import TOKENS
 from turbomoe.kv.codecs import CODECS
 from turbomoe.models.families import FAMILIES
 
@@ -100,6 +101,17 @@ def test_the_readme_names_every_block_format_and_codec() -> None:
     assert not [name for name in FORMATS if not re.search(rf"\b{name}\b", README)]
     exact = {"f32", "f16"}  # of use to tests and as a reference
     assert not [name for name in set(CODECS) - exact if f"`{name}`" not in README]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/kv-auto.md"])
+def test_what_auto_cannot_promise_stands_beside_it(page: str) -> None:
+    """The length that it judges by, what may go wrong beyond it, where that is measured and what to do."""
+    said = " ".join((ROOT / page).read_text().split())
+    assert f"over {TOKENS:,} tokens" in said and "buried in a very long text" in said and "needles" in said
+    assert "kv-quality.md)" in said
+    for advice in ("-ctk tcq4 -ctv tcq4", "--kv-recent 1024"):
+        assert f"`{advice}`" in said
+        assert build_parser().parse_args(["run", "-m", "x", *shlex.split(advice)]).verb == "run"
 
 
 def test_every_family_is_in_the_changelog() -> None:

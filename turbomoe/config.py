@@ -13,12 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from turbomoe.errors import SettingsError
+from turbomoe.kv_types import AUTO, kv_type
 
 MOE_POLICIES = ("adaptive", "frozen", "lru")
-KV_TYPE_ALIASES = {
-    "turbo2": "tq2", "turbo3": "tq3", "turbo4": "tq4", "turbo2_tcq": "tcq2", "turbo3_tcq": "tcq3",
-}  # fmt: skip
-AUTO = "auto"  # a KV type that ``insight.kv_auto`` replaces before anything is built
 
 
 def state_dir() -> Path:
@@ -36,7 +33,7 @@ def require(ok: bool, what: str, fix: str = "") -> None:
 
 @dataclass(frozen=True)
 class KVSettings:
-    """How the past is stored. Types are codec names of ``turbomoe.kv``; ``sink`` and ``recent`` count tokens.
+    """How the past is stored. Types are names that ``kv_types`` knows; ``sink`` and ``recent`` count tokens.
 
     A type may be ``auto`` until ``insight.kv_auto`` has chosen one whose mean KL stays within ``budget`` nats a token
     (None: as much as 1.5 times what q8_0 costs, and 0.02 in any case).
@@ -50,8 +47,8 @@ class KVSettings:
     budget: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "type_k", KV_TYPE_ALIASES.get(self.type_k, self.type_k))
-        object.__setattr__(self, "type_v", KV_TYPE_ALIASES.get(self.type_v, self.type_v))
+        object.__setattr__(self, "type_k", kv_type(self.type_k))
+        object.__setattr__(self, "type_v", kv_type(self.type_v))
         require(0 <= self.sink <= 1 << 20, f"--kv-sink must be between 0 and 1048576, not {self.sink}")
         require(0 <= self.recent <= 1 << 20, f"--kv-recent must be between 0 and 1048576, not {self.recent}")
         fine = self.budget is None or 0 < self.budget < inf

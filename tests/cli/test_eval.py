@@ -22,6 +22,7 @@ SPECS = {
     "tcq3/tcq2.5@8+16": KVSettings("tcq3", "tcq2.5", 8, 16),
     "tcq2.5/tcq2": KVSettings("tcq2.5", "tcq2"),
     "turbo3": KVSettings("tq3", "tq3"),
+    "TQ3/Turbo4@8+16": KVSettings("tq3", "tq4", 8, 16),
     "bf16/q8_0": KVSettings("bf16", "q8_0"),
     "tq4@128+1024": KVSettings("tq4", "tq4", 128, 1024),
     "tq3@0+0-means": KVSettings("tq3", "tq3", 0, 0, means=False),
@@ -87,6 +88,34 @@ def test_by_default_as_many_tokens_as_the_model_can_take(turbomoe: Turbomoe, cha
     assert turbomoe("eval", "-m", chat_model, "--json", "--strict").json["results"][0]["tokens"] == CONTEXT
 
 
+def no_codes(label: str, sink: int, recent: int, tokens: int) -> str:
+    return (
+        f"note: no position saw codes under {label}: the first {sink} and the last {recent} tokens stay exact, and "
+        f"{tokens} tokens are judged. To avoid: judge more than {sink + recent + 1} tokens (--tokens N, or a longer "
+        "--text)."
+    )
+
+
+def test_a_text_within_the_exact_windows_is_told_to_say_nothing(turbomoe: Turbomoe, chat_model: Path) -> None:
+    """To the token: position 25 is the first that sees a code of windows 8/16."""
+    run = ("eval", "-m", chat_model, "--json", "--kv", "tq2@8+16", "--kv", "bf16", "--kv", "tq3@0+0")
+    for tokens, told in ((25, True), (26, False)):
+        done = turbomoe(*run, "--tokens", tokens)
+        assert (no_codes("tq2 8/16", 8, 16, tokens) in done.err.splitlines()) == told
+        assert (done.json["results"][2]["mean_kl"] < 1e-7) == told, "what the note says is so"
+        assert done.err.count("no position saw codes") == told
+    assert turbomoe(*run, "--tokens", 25, "--strict").code == cli.ERROR
+
+
+def test_so_is_one_where_auto_took_bf16_for_that(turbomoe: Turbomoe, chat_model: Path, state_home: Path) -> None:
+    done = turbomoe("eval", "-m", chat_model, "--tokens", 100)
+    assert done.code == 0 and no_codes("auto", 64, 256, 100) in done.err.splitlines()
+    for side in ("-ctk", "-ctv"):
+        done = turbomoe("eval", "-m", chat_model, "--tokens", 100, side, "tq4")
+        assert done.err.count("no position saw codes under ") == 1
+    assert "no position" not in turbomoe("eval", "-m", chat_model, "--tokens", 100, "-ctk", "bf16", "-ctv", "bf16").err
+
+
 BAD = {
     "missing text": (["--text", "/nowhere"], "Cannot read /nowhere. No such file or directory."),
     "one token": (["--tokens", "1"], "--tokens must be at least 2"),
@@ -110,10 +139,16 @@ def test_a_text_that_is_not_utf8(turbomoe: Turbomoe, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spec", ["tq9", "tq3/zip"])
-def test_an_unknown_type_is_told_before_the_weights_are_read(turbomoe: Turbomoe, chat_model: Path, spec: str) -> None:
-    done = turbomoe("eval", "-m", chat_model, "--kv", spec)
+def test_an_unknown_type_is_told_before_the_model_is_looked_for(turbomoe: Turbomoe, spec: str) -> None:
+    done = turbomoe("eval", "-m", "/no/model", "--kv", spec)
     assert done.code == cli.USAGE and done.out == ""
-    assert spec.split("/")[-1] in done.err and "device" not in done.err
+    assert f"There is no KV cache type {spec.split('/')[-1]!r}" in done.err
+
+
+@pytest.mark.parametrize("spec", ["auto", "tq3/AUTO"])
+def test_auto_is_no_setting_to_name(turbomoe: Turbomoe, spec: str) -> None:
+    done = turbomoe("eval", "-m", "/no/model", "--kv", spec)
+    assert done.code == cli.USAGE and "Leave --kv out to judge what auto chooses" in done.err
 
 
 def test_an_empty_text(turbomoe: Turbomoe, chat_model: Path, tmp_path: Path) -> None:

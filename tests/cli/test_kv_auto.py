@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.tiny_chat import Done, Turbomoe, write_chat_model
+from turbomoe.cli import loading
 from turbomoe.cli import main as cli
 from turbomoe.config import EngineSettings
 from turbomoe.hardware.memory import DeviceMemory
@@ -74,6 +75,40 @@ def test_the_real_check(turbomoe: Turbomoe, hybrid: Path) -> None:
     assert (auto["type_k"], auto["type_v"]) == (first.json["kv_type_k"], first.json["kv_type_v"])
     assert 0 < auto["mean_kl"] <= auto["budget"] and auto["tokens"] == 512 - 37
     assert {(arm["k"], arm["v"]) for arm in auto["tried"]} >= {(name, name) for name in LADDER}
+
+
+def test_a_log_hears_what_the_check_does(turbomoe: Turbomoe, hybrid: Path) -> None:
+    """Standard error is no terminal here."""
+    done = turbomoe("run", "-m", hybrid, *RUN, *WINDOWS)
+    said = [line for line in done.err.splitlines() if line.startswith("checking")]
+    pairs = 2 * len(LADDER) + 1
+    assert said[:2] == [
+        CHECKING,
+        f"checking: 512 tokens under bf16 and at most {pairs} pairs of types, in at most 3 passes",
+    ]
+    assert said[2:] == [f"checking: pass {n} over 512 tokens is done" for n in range(1, len(said) - 1)]
+    assert 1 <= len(said[2:]) <= 3
+    again = turbomoe("run", "-m", hybrid, *RUN, *WINDOWS)
+    assert "checking" not in again.err
+
+
+def test_a_terminal_has_the_bar_alone(turbomoe: Turbomoe, hybrid: Path, judged, monkeypatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(loading.Bar, "__call__", lambda bar, done, total: opened.append(bar._what))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(kv_auto, "measure", reporting(kv_auto.measure))
+    done = turbomoe("run", "-m", hybrid, *RUN, *WINDOWS)
+    assert CHECKING in done.err and "checking:" not in done.err and "checking" in opened
+
+
+def reporting(judge):
+    """``judge``, telling its progress as the real one does."""
+
+    def measure(model, kv, means, ids, limits, progress=None):
+        progress(len(ids), len(ids))
+        return judge(model, kv, means, ids, limits)
+
+    return measure
 
 
 def test_the_table_before_loading_counts_what_will_be_there(turbomoe: Turbomoe, hybrid: Path, judged) -> None:

@@ -75,6 +75,18 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "HEAVY []"
 
 
+def test_an_unknown_kv_type_is_refused_while_nothing_heavy_is_there() -> None:
+    for line in (["run", "-m", "x", "-ctk", "tq5"], ["eval", "-m", "x", "--kv", "tq5"]):
+        code = (
+            f"import sys\nfrom turbomoe.cli.main import main\nassert main({line!r}) == 2\n"
+            f"print([name for name in {HEAVY!r} if name in sys.modules])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout == "[]\n" and done.stderr.startswith(
+            "There is no KV cache type 'tq5'. The nearest name is tq"
+        )
+
+
 def test_every_verb_is_listed_and_explains_itself() -> None:
     listing = turbomoe("--help").stdout
     needed = {verb: ["-m", "x"] for verb in ("run", "chat", "eval")}
@@ -182,30 +194,55 @@ def test_a_reader_that_goes_away_ends_it_quietly() -> None:
     assert done.stderr == ""
 
 
-def test_what_is_done_at_the_end_does_not_hang_on_what_failed_before(monkeypatch, capsys) -> None:
+@pytest.fixture
+def ending(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """A command line whose verb ends as ``action`` does, and leaves ``finishes`` to be done."""
+
+    def run(action: Callable[[], int], *finishes: Callable[[], None]) -> int:
+        def main(args: argparse.Namespace) -> int:
+            args.at_exit += finishes
+            return action()
+
+        def build() -> argparse.ArgumentParser:
+            parser = argparse.ArgumentParser(prog="turbomoe")
+            sub = parser.add_subparsers(dest="verb").add_parser("test")
+            add_common(sub)
+            sub.set_defaults(main=main)
+            return parser
+
+        monkeypatch.setattr(cli, "build_parser", build)
+        monkeypatch.setattr(board, "strict", False)
+        return cli.main(["test"])
+
+    return run
+
+
+NO_SESSION, NO_PROFILE = (fail_with(RequestError(f"No {name}")) for name in ("session", "profile"))
+
+
+def test_what_is_done_at_the_end_does_not_hang_on_what_failed_before(ending, capsys) -> None:
     done: list[str] = []
+    assert ending(lambda: 0, NO_SESSION, NO_PROFILE, lambda: done.append("last")) == cli.ERROR
+    assert done == ["last"] and capsys.readouterr().err == "No session.\nNo profile.\n"
 
-    def failing(name: str) -> Callable[[], None]:
-        def finish() -> None:
-            done.append(name)
-            raise RequestError(f"No {name}")
 
-        return finish
+def test_saving_that_fails_does_not_hide_why_the_verb_ended(ending, capsys) -> None:
+    """Both are told, the first one first, and it decides the exit code."""
+    bad_setting = fail_with(SettingsError("Too many slots"))
+    assert ending(bad_setting, NO_SESSION) == cli.USAGE
+    assert capsys.readouterr().err == "Too many slots.\nNo session.\n"
+    assert ending(lambda: 7, NO_SESSION) == 7
 
-    def action(args: argparse.Namespace) -> int:
-        args.at_exit += [failing("session"), failing("profile"), lambda: done.append("last")]
-        return 0
 
-    def build() -> argparse.ArgumentParser:
-        parser = argparse.ArgumentParser(prog="turbomoe")
-        sub = parser.add_subparsers(dest="verb").add_parser("test")
-        add_common(sub)
-        sub.set_defaults(main=action)
-        return parser
+def test_saving_that_fails_does_not_hide_an_interrupt(ending, capsys) -> None:
+    assert ending(fail_with(KeyboardInterrupt()), NO_SESSION) == cli.INTERRUPTED
+    assert capsys.readouterr().err == "\nInterrupted.\nNo session.\n"
+    assert ending(lambda: 0, fail_with(KeyboardInterrupt()), NO_PROFILE) == cli.INTERRUPTED
+    assert capsys.readouterr().err == "\nNo profile.\n"
 
-    monkeypatch.setattr(cli, "build_parser", build)
-    monkeypatch.setattr(board, "strict", False)
-    assert cli.main(["test"]) == cli.ERROR and done == ["session", "profile", "last"]
-    assert sorted(capsys.readouterr().err.splitlines()) == ["No profile.", "No session."]
-    with pytest.raises(RequestError, match="No session"):
-        cli._run(argparse.Namespace(main=action, debug=False))
+
+def test_saving_happens_though_nobody_reads_the_answer(ending, monkeypatch, capsys) -> None:
+    gone: list[bool] = []
+    monkeypatch.setattr(cli, "_abandon_stdout", lambda: gone.append(True))
+    assert ending(fail_with(BrokenPipeError()), NO_SESSION) == cli.BROKEN_PIPE
+    assert gone == [True] and capsys.readouterr().err == "No session.\n"

@@ -50,6 +50,8 @@ FLAGS = {
     "-ctk tq3 -ctv tq2": wish(kv=KVSettings("tq3", "tq2")),
     "--cache-type-k turbo3 --cache-type-v q8_0": wish(kv=KVSettings("tq3", "q8_0")),
     "--kv-sink 0 --kv-recent 128": wish(kv=KVSettings("auto", "auto", sink=0, recent=128)),
+    "-ctk TQ3 -ctv Turbo2_TCQ": wish(kv=KVSettings("tq3", "tcq2")),
+    "-ctk Auto -ctv BF16": wish(kv=KVSettings("auto", "bf16")),
     "-ctk q8_0": wish(kv=KVSettings("q8_0", "auto")),
     "-ctv bf16": wish(kv=KVSettings("auto", "bf16")),
     "--kv-budget 0.05": wish(kv=KVSettings("auto", "auto", budget=0.05)),

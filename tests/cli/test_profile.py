@@ -78,9 +78,13 @@ def test_two_runs_give_the_same_profile(taken: Path, turbomoe: Turbomoe, moe: Pa
 def test_a_table_for_people_and_json_for_programs(turbomoe: Turbomoe, moe: Path, text: Path) -> None:
     line = ("profile", "-m", moe, "--text", text, "--tokens", "40")
     done = turbomoe(*line)
-    heads, rule, row, note = done.out.splitlines()
+    heads, rule, row, *legend = done.out.splitlines()
     assert "effective experts" in heads and "next-gate recall" in heads and row.split("|")[1].strip() == "text"
-    assert set(rule) == set("|- ") and len(heads) == len(rule) == len(row) and note.startswith("5% to 50%")
+    assert set(rule) == set("|- ") and len(heads) == len(rule) == len(row)
+    names = [line.partition(":")[0] for line in legend]
+    assert names == [
+        "Prefill, decode", "Effective experts", "5% to 50%", "Reuse 1, 8, 32", "By chance", "Next-gate recall",
+    ]  # fmt: skip
     assert "40 of" in done.err and "are run" in done.err
     found = turbomoe(*line, "--json").json
     assert found["domains"]["text"]["tokens"] == {"prefill": 10, "decode": 30} and found["layers"] == [0, 1, 2, 3]
@@ -220,7 +224,7 @@ def test_a_run_that_saw_nothing_writes_nothing(
 def test_simulate_prints_a_table_and_json(taken: Path, turbomoe: Turbomoe) -> None:
     done = turbomoe("simulate", taken / "t", "--profile", taken / "p")
     assert done.code == 0, done.err
-    heads, _, *rows, note = done.out.splitlines()
+    heads, _, *rows, note, hits, slots = done.out.splitlines()
     assert [cell.strip() for cell in heads.strip("|").split("|")] == [
         "policy",
         "1 slots",
@@ -230,12 +234,25 @@ def test_simulate_prints_a_table_and_json(taken: Path, turbomoe: Turbomoe) -> No
     ]
     names = ["lru", "lfu", "adaptive", "seeded", "static", "lru-wait", "oracle", "belady"]
     assert [row.split("|")[1].strip() for row in rows] == names
-    assert "Hit rate" in note and "68 decode tokens, 8 experts in 4 layers" in done.err
+    assert hits.startswith("Hit rate: share of routed experts") and slots.startswith("Slots: ")
+    assert (
+        note.startswith("Hit rate / experts copied per layer and token in decode")
+        and "68 decode tokens, 8 experts in 4 layers" in done.err
+    )
     found = turbomoe("simulate", taken / "t", "--slots", "8,2", "--policy", "lru", "--policy", "belady", "--json").json
     assert [(r["policy"], r["slots"]) for r in found["results"]] == [
         ("lru", 2), ("lru", 8), ("belady", 2), ("belady", 8),
     ]  # fmt: skip
     assert all(r["hits"] + r["misses"] == 68 * 4 * 2 for r in found["results"]) and found["domain"] == "rain"
+
+
+@pytest.mark.parametrize("verb", ["simulate", "run"])
+def test_help_says_what_the_words_of_the_cache_mean(verb: str, turbomoe: Turbomoe) -> None:
+    said = " ".join(turbomoe(verb, "--help").out.split())
+    assert "hysteresis: how many times hotter (more used of late)" in said
+    assert "a sighting (one use of an expert) counts half" in said
+    if verb == "simulate":
+        assert "a hit is a routed expert whose copy was there, an upload (or promotion) copies" in said
 
 
 def test_simulate_without_a_profile_leaves_out_what_needs_one(taken: Path, turbomoe: Turbomoe) -> None:

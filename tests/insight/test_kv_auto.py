@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from math import inf, isfinite
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from turbomoe.config import EngineSettings, ExpertSettings, KVSettings
 from turbomoe.engine.calibrate import calibration_ids, means_for, means_path
 from turbomoe.engine.forecast import kv_bytes
 from turbomoe.engine.runner import ModelRunner
-from turbomoe.errors import SettingsError
+from turbomoe.errors import ModelError, SettingsError
 from turbomoe.experts.base import Phase
 from turbomoe.files.atomic import write_bytes
 from turbomoe.insight import kv_auto, kv_check, kv_ladder
@@ -153,6 +155,74 @@ def test_a_check_teaches_the_expert_cache_nothing(folder: Path) -> None:
     assert moe.experts.describe() == before
 
 
+def test_what_a_check_may_try_at_most(model: LoadedModel, checks) -> None:
+    """Two sides: where nothing passes but bf16, the whole ladder is tried beside it as well."""
+    resolve_kv_types(model, replace(WISH, kv=replace(AUTO, budget=1e-9)))
+    assert len(set().union(*checks)) == kv_ladder.most_pairs(model, AUTO) == 2 * len(LADDER) + 1
+    checks.clear()
+    one = replace(AUTO, type_k="tq4")
+    resolve_kv_types(model, replace(WISH, kv=one))
+    assert len(set().union(*checks)) == kv_ladder.most_pairs(model, one) == len(LADDER) + 1
+
+
+# Pairs that compute nonsense
+
+
+def break_types(monkeypatch: pytest.MonkeyPatch, *broken: str, after: int = 0) -> None:
+    """Logits are not a number under any pair that has a type of ``broken``, past ``after`` tokens."""
+    forward = ModelRunner.forward
+
+    def broken_forward(runner: ModelRunner, slots, ids, phase, keep=1):
+        logits, kv = forward(runner, slots, ids, phase, keep), runner.memory.settings
+        hit = runner.memory.host_lengths[0] > after and {kv.type_k, kv.type_v} & set(broken)
+        return logits * torch.nan if hit else logits
+
+    monkeypatch.setattr(ModelRunner, "forward", broken_forward)
+
+
+def test_a_pair_that_computes_nonsense_fails_alone(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever that begins: within the windows, or later, when the mean up to there is kept."""
+    ids, limits, means = check_ids(model, AUTO), dict.fromkeys([("tq3", "tq3"), ("tq2", "tq2")], inf), None
+    whole = measure(model, AUTO, means, ids, limits)
+    for after, tokens in ((0, 0), (first_judged(AUTO) + 2 * kv_check.CHUNK, 2 * kv_check.CHUNK)):
+        with monkeypatch.context() as patch:
+            break_types(patch, "tq2", after=after)
+            found = measure(model, AUTO, means, ids, limits)
+        assert found[("tq3", "tq3")] == whole[("tq3", "tq3")]
+        failed = found[("tq2", "tq2")]
+        assert failed.failed and failed.tokens == tokens and isfinite(failed.kl) and failed.at_least == inf
+
+
+def test_a_model_that_computes_nonsense_is_an_error(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_types(monkeypatch, "bf16")
+    with pytest.raises(ModelError, match="not finite"):
+        measure(model, AUTO, None, check_ids(model, AUTO), {ANCHOR: inf})
+
+
+def test_the_choice_is_made_among_the_others_and_one_note_says_so(model, forecast, checks, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(board, "strict", True)
+    break_types(monkeypatch, *LADDER[2:])
+    first = resolve_kv_types(model, WISH)
+    said, count = capsys.readouterr().err, len(checks)
+    assert board.counts["KV types left out of the choice"] == 1
+    assert f"{LADDER[2]}/{LADDER[2]}" in said and "numbers that are not finite" in said
+    assert {first.kv.type_k, first.kv.type_v} <= {EXACT, *LADDER[:2]} and first.kv_choice is not None
+    json.dumps(first.kv_choice.to_json(), allow_nan=False)
+    known = known_kv_types(forecast, WISH)
+    assert (known, known and known.kv_choice) == (first, first.kv_choice)
+    assert resolve_kv_types(model, WISH) == first and len(checks) == count, "failures are remembered"
+    assert board.counts["KV types left out of the choice"] == 1
+
+
+def test_bf16_where_all_codes_compute_nonsense(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_types(monkeypatch, *LADDER)
+    choice = resolve_kv_types(model, WISH).kv_choice
+    assert choice is not None and (choice.budget, choice.q8_0, choice.mean_kl) == (0.02, None, None)
+    assert choice.line() == (
+        "KV cache: keys bf16, values bf16 (budget 0.020); keys and values stay at bf16: at q8_0 numbers are not finite"
+    )
+
+
 # Once
 
 
@@ -251,8 +321,7 @@ def test_bf16_says_why(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> N
     settings = resolve_kv_types(model, replace(WISH, kv=replace(AUTO, budget=0.02)))
     assert (settings.kv.type_k, settings.kv.type_v) == (EXACT, EXACT) and settings.kv_choice is not None
     assert settings.kv_choice.line() == (
-        "KV cache: keys bf16, values bf16 (budget 0.020, q8_0 0.500); "
-        "keys stay at bf16: at q8_0 KL is 0.5; values stay at bf16: at q8_0 KL is 0.5"
+        "KV cache: keys bf16, values bf16 (budget 0.020, q8_0 0.500); keys and values stay at bf16: at q8_0 KL is 0.5"
     )
 
 
@@ -274,8 +343,7 @@ def test_heads_that_fit_eight_bits_alone_say_so(model: LoadedModel, monkeypatch:
     monkeypatch.setattr(kv_auto, "measure", lambda *rest: {ANCHOR: Measured(0.004, 100, 100)})
     choice = resolve_kv_types(wide, WISH).kv_choice
     assert choice is not None and set(choice.skipped) == set(LADDER) - {"q8_0"}
-    assert choice.line().endswith("; keys stay at q8_0: its heads do not fit narrower types; values stay at q8_0: "
-                                  "its heads do not fit narrower types")  # fmt: skip
+    assert choice.line().endswith("; keys and values stay at q8_0: its heads do not fit narrower types")
 
 
 # Nothing to check
@@ -325,9 +393,9 @@ def test_a_given_side_stays_where_nothing_is_checked(model: LoadedModel) -> None
 DAMAGED = {
     "empty": lambda path: path.write_bytes(b""),
     "cut": lambda path: path.write_bytes(path.read_bytes()[:200]),
-    "a flipped bit": lambda path: path.write_bytes(path.read_bytes().replace(b'"kl": 0', b'"kl": 1', 1)),
+    "another number": lambda path: path.write_bytes(path.read_bytes().replace(b'"kl": ', b'"kl": 1', 1)),
     "another model's": lambda path: path.write_text(path.read_text().replace('"identity": "', '"identity": "0')),
-    "an older version": lambda path: path.write_text(path.read_text().replace('"version": 1', '"version": 0')),
+    "an older version": lambda path: path.write_text(path.read_text().replace('"version": 2', '"version": 1')),
 }
 
 

@@ -18,6 +18,8 @@ CHECKS: Checks = {
     Conditions("b" * 64, 64, 256, "cpu auto", "text/1"): {
         ("q8_0", "q8_0"): Measured(0.00031, 1727, 1727),
         ("tq4", "tq2"): Measured(0.36, 128, 1727),
+        ("tq2", "tq2"): Measured(0.5, 64, 1727, failed=True),
+        ("tq2", "tq4"): Measured(0.0, 0, 1727, failed=True),
     },
     Conditions("", 0, 0, "cpu auto", "text/1"): {("tq3", "tq3"): Measured(0.0, 1, 1)},
 }
@@ -37,7 +39,7 @@ def test_what_was_saved_comes_back(path: Path) -> None:
 
 def test_a_person_can_read_it(path: Path) -> None:
     first = json.loads(path.read_text())["checks"][0]
-    assert first["arms"][1] == {"k": "tq4", "v": "tq2", "kl": 0.36, "tokens": 128, "of": 1727}
+    assert first["arms"][1] == {"k": "tq4", "v": "tq2", "kl": 0.36, "tokens": 128, "of": 1727, "failed": False}
 
 
 def test_another_model_s_is_refused(path: Path) -> None:
@@ -71,8 +73,8 @@ def resigned(path: Path, change) -> None:
 
 
 FORGED = {
-    "older": lambda body: body.update(version=0),
-    "newer": lambda body: body.update(version=2),
+    "older": lambda body: body.update(version=kv_record.VERSION - 1),
+    "newer": lambda body: body.update(version=kv_record.VERSION + 1),
     "other format": lambda body: body.update(format="turbomoe-kv-means"),
     "no checks": lambda body: body.pop("checks"),
     "checks of another kind": lambda body: body.update(checks=7),
@@ -83,6 +85,8 @@ FORGED = {
     "text": lambda body: body["checks"][0]["arms"][0].update(kl="small"),
     "more than all": lambda body: body["checks"][0]["arms"][0].update(tokens=1728),
     "none": lambda body: body["checks"][0]["arms"][0].update(tokens=0),
+    "failed by a word": lambda body: body["checks"][0]["arms"][0].update(failed="no"),
+    "failed after the end": lambda body: body["checks"][0]["arms"][0].update(tokens=1728, failed=True),
     "an arm of another kind": lambda body: body["checks"][0].update(arms=[[]]),
 }
 
@@ -101,7 +105,8 @@ def test_the_oldest_checks_go(tmp_path: Path) -> None:
 
 
 names = st.sampled_from(["bf16", "q8_0", "tq4", "tq2"])
-arms = st.dictionaries(st.tuples(names, names), st.builds(Measured, st.floats(0, 1e9), st.just(5), st.integers(5, 9)))
+measured = st.builds(Measured, st.floats(0, 1e9), st.just(5), st.integers(5, 9), st.booleans())
+arms = st.dictionaries(st.tuples(names, names), measured)
 conditions = st.builds(
     Conditions, st.text(max_size=8), st.integers(0, 99), st.integers(0, 99), st.just("cpu auto"), st.text(max_size=8)
 )

@@ -17,12 +17,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turbomoe.config import KV_TYPE_ALIASES
 from turbomoe.errors import SettingsError
 from turbomoe.kv.codebooks import levels, thresholds
 from turbomoe.kv.codecs import CODECS, make_codec
 from turbomoe.kv.codecs.lloydmax import nearest_level
 from turbomoe.kv.trellis_codebook import GAUSSIAN_NMSE
+from turbomoe.kv_types import ALIASES, KV_TYPES
 
 SIZES = [64, 128, 256]
 SHAPES = [(), (1,), (5,), (2, 3, 7), (0,), (2, 0, 3)]
@@ -363,9 +363,9 @@ def test_bf16_keeps_the_upper_half_rounded_to_even() -> None:
     assert torch.equal(stored.view(torch.int16), expected.to(torch.int16))
 
 
-@pytest.mark.parametrize("alias", KV_TYPE_ALIASES)
+@pytest.mark.parametrize("alias", ALIASES)
 def test_aliases_mean_the_codec_they_name(alias: str) -> None:
-    assert make_codec(alias, 64).name == KV_TYPE_ALIASES[alias]
+    assert make_codec(alias, 64).name == ALIASES[alias]
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -374,12 +374,21 @@ def test_names_agree(name: str) -> None:
     assert codec.name == name and codec.rotated == (name in ROTATED)
 
 
-@pytest.mark.parametrize("name", ["", "tq5", "TQ3", "q4_0", "turbo", "../tq3", "tq3 ", "🦊"])
+def test_every_name_that_is_known_has_a_codec() -> None:
+    assert tuple(CODECS) == KV_TYPES
+
+
+def test_auto_is_a_name_without_a_codec() -> None:
+    with pytest.raises(SettingsError, match="'auto' is a wish and no codec"):
+        make_codec("auto", 64)
+
+
+@pytest.mark.parametrize("name", ["", "tq5", "q4_0", "turbo", "../tq3", "tq3 ", "🦊"])
 def test_an_unknown_name_is_told_all_names(name: str) -> None:
     with pytest.raises(SettingsError) as caught:
         make_codec(name, 64)
     assert repr(name) in str(caught.value)
-    assert all(known in str(caught.value) for known in [*CODECS, *KV_TYPE_ALIASES])
+    assert all(known in str(caught.value) for known in [*CODECS, *ALIASES])
 
 
 @pytest.mark.parametrize(("name", "dim"), [*itertools.product(TQ, [0, 4, 80, 96, 112, -64]), ("q8_0", 80), ("q8_0", 0),

@@ -224,7 +224,7 @@ def test_a_trellis_beats_the_scalar_codec(name: str, scalar: str, ratio: float, 
     assert errors[0] <= ratio * errors[1]
 
 
-# 0.039 was asked for at 2.5 bits, and is missed by 1.3% with heads of 256: docs/log.md says why, and what would mend it.
+# 0.039 was asked for at 2.5 bits; with heads of 256 it is missed by 1.3%: docs/log.md says why, and what would help.
 @pytest.mark.parametrize(("name", "limit"), [("tcq2", 0.0765), ("tcq2.5", 0.0395), ("tcq3", 0.0195), ("tcq4", 0.0056)])
 def test_the_measured_errors_are_those_that_were_asked_for(name: str, limit: float) -> None:
     assert all(2.0 ** (-2 * BITS[name]) < error <= limit for error in GAUSSIAN_NMSE[name].values())

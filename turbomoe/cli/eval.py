@@ -13,6 +13,7 @@ from turbomoe.cli.prompts import read_text, text_ids
 from turbomoe.cli.tables import table_lines
 from turbomoe.config import EngineSettings, KVSettings
 from turbomoe.errors import RequestError, SettingsError
+from turbomoe.kv_types import AUTO
 from turbomoe.notices import Notice, board
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def main(args: argparse.Namespace) -> int:
     ids = tokens_of(model, text, name, settings.ctx_size)
     if args.tokens is not None and len(ids) < args.tokens:
         board.post(Notice(f"{len(ids)} tokens are judged, not {args.tokens}", f"{name} has no more", expected=True))
+    note_exact(settings, judged, len(ids))
     for kv in judged:
         means(model, kv)
     with Bar("judging", unit="token") as bar:
@@ -94,6 +96,24 @@ def judged_settings(specs: list[KVSettings], kv: KVSettings) -> list[KVSettings]
     return [kv] if (kv.type_k, kv.type_v) != (REFERENCE.type_k, REFERENCE.type_v) else []
 
 
+def note_exact(settings: EngineSettings, judged: list[KVSettings], tokens: int) -> None:
+    """Say so where a judgement over ``tokens`` tokens tells nothing: every position lies in the exact windows."""
+    from turbomoe.insight.divergence import label_of
+    from turbomoe.insight.kv_check import first_judged
+    from turbomoe.kv.cache import EXACT_TYPES
+
+    coded = [kv for kv in judged if {kv.type_k, kv.type_v} - EXACT_TYPES.keys()]
+    named = {label_of(kv): kv for kv in coded}
+    if settings.kv_choice is not None and not coded:  # auto saw it too, and took bf16
+        named = {"auto": settings.kv}
+    for name, kv in named.items():
+        first = first_judged(kv)
+        if tokens <= first:
+            why = f"the first {kv.sink} and the last {kv.recent} tokens stay exact, and {tokens} tokens are judged"
+            avoid = f"judge more than {first} tokens (--tokens N, or a longer --text)"
+            board.post(Notice(f"no position saw codes under {name}", why, avoid=avoid))
+
+
 def tokens_of(model: LoadedModel, text: str, name: str, limit: int) -> list[int]:
     """The first ``limit`` tokens of ``text``, or all that it has; an error when those are not two."""
     ids = text_ids(model, text)[:limit]
@@ -104,10 +124,14 @@ def tokens_of(model: LoadedModel, text: str, name: str, limit: int) -> list[int]
 
 def parse_spec(spec: str) -> KVSettings:
     """Settings from a short description; raises ``SettingsError`` for one that cannot be read."""
-    match = _SPEC.fullmatch(spec)
+    match = _SPEC.fullmatch(spec.lower())
     if match is None:
         raise SettingsError(f"{spec!r} is not a KV setting", fix=f"Write {SPEC_HELP}")
     key, value, sink, recent, no_means = match.groups()
+    if AUTO in (key, value):
+        raise SettingsError(
+            "--kv judges types that it names, not auto", fix="Leave --kv out to judge what auto chooses"
+        )
     default = KVSettings()
     windows = (default.sink, default.recent) if sink is None else (int(sink), int(recent))
     return KVSettings(key, value or key, *windows, means=no_means is None)

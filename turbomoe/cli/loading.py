@@ -46,6 +46,21 @@ class Bar(AbstractContextManager["Bar"]):
             self._bar.close()
 
 
+class PassLines(AbstractContextManager["PassLines"]):
+    """The same for a log, where nobody watches: one line on standard error whenever a pass has ended."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._passes = what, 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if done == total:
+            self._passes += 1
+            print(f"{self._what}: pass {self._passes} over {total} tokens is done", file=sys.stderr, flush=True)
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+
 def load(
     args: argparse.Namespace, use: Use | None = None, asked: bool | None = None
 ) -> tuple[LoadedModel, EngineSettings]:
@@ -101,8 +116,20 @@ def choose_types(model: LoadedModel, settings: EngineSettings) -> EngineSettings
     if not nothing_to_check(model, settings):
         means(model, widest_need(model, settings.kv))
         print("checking which KV types this model bears, once for these settings...", file=sys.stderr, flush=True)
-    with Bar("checking", unit="token") as bar:
-        return resolve_kv_types(model, settings, bar)
+        if not sys.stderr.isatty():
+            print(check_estimate(model, settings.kv), file=sys.stderr, flush=True)
+    with Bar("checking", unit="token") if sys.stderr.isatty() else PassLines("checking") as progress:
+        return resolve_kv_types(model, settings, progress)
+
+
+def check_estimate(model: LoadedModel, kv: KVSettings) -> str:
+    """What a check of KV types will do at most, for somebody who reads a log and sees no bar."""
+    from turbomoe.insight.kv_check import check_ids
+    from turbomoe.insight.kv_ladder import most_pairs
+    from turbomoe.insight.kv_search import MOST_PASSES
+
+    tokens, pairs = len(check_ids(model, kv)), most_pairs(model, kv)
+    return f"checking: {tokens} tokens under bf16 and at most {pairs} pairs of types, in at most {MOST_PASSES} passes"
 
 
 def make_engine(model: LoadedModel, settings: EngineSettings) -> Engine:

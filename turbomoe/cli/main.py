@@ -12,7 +12,8 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from turbomoe import __version__
 from turbomoe.errors import SettingsError, TurbomoeError
@@ -41,15 +42,41 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: this process's) and return its exit code."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except SettingsError as error:  # a value that a flag's own reader refuses
+        return report(error, debug=False)
     if args.verb is None:
         parser.print_help(sys.stderr)
         return USAGE
     board.strict = args.strict
     # Before torch is imported. Threads that spin while they wait are ruinous when anything else runs (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """The verb, then what it wants done at its end, however it ended (``args.at_exit``: saving what was learnt).
+
+    Every error is printed when it happens, and the first one decides the exit code.
+    """
+    args.at_exit = []
+    codes = [_attempt(lambda: int(args.main(args)), args.debug)]
+    if codes == [INTERRUPTED] and args.at_exit:
+        print("Interrupted.", file=sys.stderr, flush=True)  # saving may take a while, and fail
+    codes += [_attempt(partial(_at_exit, finish), args.debug) for finish in args.at_exit]
+    return next((code for code in codes if code != OK), OK)
+
+
+def _at_exit(finish: Callable[[], object]) -> int:
+    finish()
+    return OK
+
+
+def _attempt(action: Callable[[], int], debug: bool) -> int:
+    """The exit code of ``action``, or of what ended it, once that has been told."""
     try:
-        code = _run(args)
+        code = action()
         sys.stdout.flush()  # here, where a reader that went away can still be answered
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -58,32 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _abandon_stdout()
         return BROKEN_PIPE
     except Exception as error:
-        return report(error, debug=args.debug)
+        return report(error, debug)
     return code
-
-
-def _run(args: argparse.Namespace) -> int:
-    """The verb, then what it wants done at its end, however it ended (``args.at_exit``: saving what was learnt)."""
-    args.at_exit = []
-    try:
-        return int(args.main(args))
-    finally:
-        _finish(args)
-
-
-def _finish(args: argparse.Namespace) -> None:
-    """All of ``args.at_exit``: raises the first error once all were tried, and prints the others."""
-    first: Exception | None = None
-    for finish in args.at_exit:
-        try:
-            finish()
-        except Exception as error:
-            if first is None:
-                first = error
-            else:
-                report(error, debug=args.debug)
-    if first is not None:
-        raise first
 
 
 def report(error: Exception, debug: bool) -> int:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from turbomoe.config import AUTO, MOE_POLICIES, EngineSettings, ExpertSettings, KVSettings
+from turbomoe.config import MOE_POLICIES, EngineSettings, ExpertSettings, KVSettings
+from turbomoe.kv_types import AUTO, SCALAR, TRELLIS, kv_type
 from turbomoe.notices import Notice, board
 from turbomoe.units import parse_size
 
-KV_TYPES = "auto (checked once for a model), bf16 (exact), q8_0, tq4, tq3, tq2, or by trellis tcq4, tcq3, tcq2.5, tcq2"
+KV_TYPES_HELP = (
+    f"auto (checked once for a model), bf16 (exact), {', '.join(SCALAR)}, or by trellis {', '.join(TRELLIS)}"
+)
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -76,8 +79,9 @@ def _add_kv(parser: argparse.ArgumentParser, defaults: KVSettings) -> None:
             f"-ct{letter}",
             f"--cache-type-{letter}",
             metavar="TYPE",
+            type=kv_type,
             default=AUTO,
-            help=f"how {name} of the past are stored: {KV_TYPES} (default %(default)s)",
+            help=f"how {name} of the past are stored: {KV_TYPES_HELP} (default %(default)s)",
         )
     group.add_argument(
         "--kv-budget",
@@ -103,7 +107,7 @@ def _add_experts(parser: argparse.ArgumentParser, defaults: ExpertSettings) -> N
         "--moe-cache",
         metavar="SIZE",
         default=defaults.cache,
-        help="room for copies of hot experts: off, auto, or a size such as 2G (default %(default)s)",
+        help="room for copies of hot (often used) experts: off, auto, or a size such as 2G (default %(default)s)",
     )
     group.add_argument(
         "--moe-policy",
@@ -127,14 +131,16 @@ def add_moe_tuning(group: argparse._ArgumentGroup, defaults: ExpertSettings) -> 
         type=float,
         metavar="X",
         default=defaults.hysteresis,
-        help="how many times hotter a newcomer must be than what it evicts (default %(default)s)",
+        help="hysteresis: how many times hotter (more used of late) a newcomer must be than the expert whose copy it "
+        "evicts; more means fewer copies made (default %(default)s)",
     )
     group.add_argument(
         "--moe-half-life",
         type=float,
         metavar="TOKENS",
         default=defaults.half_life,
-        help="tokens after which a sighting counts half (default %(default)s)",
+        help="tokens after which a sighting (one use of an expert) counts half: less follows changes faster "
+        "(default %(default)s)",
     )
 
 

@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from turbomoe.insight.profile_collect import RoutingProfiler
     from turbomoe.models.base import LoadedModel
 
+LEGEND = (
+    "Prefill, decode: tokens counted as prompt, and one by one.",
+    "Effective experts: so many equally used ones would be as hard to guess.",
+    "5% to 50%: share of the routing on that part of a layer's experts, the hottest (most used) ones.",
+    "Reuse 1, 8, 32: share of routed experts that were routed so many tokens ago as well.",
+    "By chance: what reuse would be if the order of tokens meant nothing.",
+    "Next-gate recall: share of a layer's experts that its gate names one layer too early.",
+)
 TOKENS = 4096
 SEQUENCE = 1024
 
@@ -117,7 +125,7 @@ def show(profile: Profile, profiler: RoutingProfiler, args: argparse.Namespace) 
 
 
 def render(figures: dict[str, Any]) -> str:
-    """One line a domain, means over layers, readable as a Markdown table."""
+    """One line a domain, means over layers, readable as a Markdown table; then what the columns mean."""
     heads = [
         "domain", "prefill", "decode", "effective experts", "5%", "10%", "25%", "50%", "reuse 1", "8", "32",
         "by chance", "next-gate recall",
@@ -129,8 +137,7 @@ def render(figures: dict[str, Any]) -> str:
         rest = [f"{of['reuse_by_chance']:.3f}", f"{_mean(of['next_gate_recall']):.3f}"]
         tokens = [str(of["tokens"]["prefill"]), str(of["tokens"]["decode"])]
         rows.append([name, *tokens, f"{_mean(of['effective_experts']):.1f}", *covered, *again, *rest])
-    note = "5% to 50%: share of the routing on a layer's hottest experts. Reuse: routed some tokens ago as well."
-    return "\n".join([*table_lines(rows), note])
+    return "\n".join([*table_lines(rows), *LEGEND])
 
 
 def _mean(values: list[float]) -> float:

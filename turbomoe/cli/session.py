@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turbomoe.config import AUTO
 from turbomoe.errors import SettingsError
 from turbomoe.files.atomic import WriteError
+from turbomoe.kv_types import AUTO
 from turbomoe.notices import Notice, board
 from turbomoe.units import format_bytes
 

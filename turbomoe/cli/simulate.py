@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from turbomoe.insight.simulate import Outcome
     from turbomoe.insight.trace import Trace
 
+LEGEND = (
+    "Hit rate: share of routed experts whose copy was in a slot when needed; the rest is computed where it lies.",
+    "Slots: copies that a layer has room for. Each line is a policy or a bound: turbomoe simulate --help.",
+)
 SHARES = (0.125, 0.25, 0.375, 0.5)  # of a layer's experts, where --slots is not given
 
 
@@ -26,7 +30,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "Replay a trace (turbomoe profile --trace) through cache policies and print hit rates and uploads. lru, lfu, "
         "adaptive (the default of --moe-policy), seeded (the same, from a profile) and static (a profile, never "
         "changed) run the engine's own code with its delays. Bounds: lru-wait loads every miss before it computes, "
-        "oracle is the best fixed placement, belady knows the future."
+        "oracle is the best fixed placement, belady knows the future. A slot has room for one expert's copy, a hit is "
+        "a routed expert whose copy was there, an upload (or promotion) copies one into a slot."
     )
     parser = subparsers.add_parser("simulate", help="replay routing through cache policies", description=text)
     parser.add_argument("trace", metavar="TRACE", help="a file of turbomoe profile --trace")
@@ -89,7 +94,7 @@ def default_policies(profile: bool) -> list[str]:
 
 
 def render(outcomes: list[Outcome]) -> str:
-    """One line a policy: hit rate and uploads per layer and token at each number of slots, once warm."""
+    """One line a policy: hit rate and uploads per layer and token at each number of slots, once warm; a legend."""
     from turbomoe.insight.simulate import WARM_TOKENS
 
     slots = list(dict.fromkeys(outcome.slots for outcome in outcomes))
@@ -97,7 +102,7 @@ def render(outcomes: list[Outcome]) -> str:
     for policy in dict.fromkeys(outcome.policy for outcome in outcomes):
         rows.append([policy, *(_cell(outcome) for outcome in outcomes if outcome.policy == policy)])
     after = f", after the first {WARM_TOKENS} tokens" if outcomes[0].steady_hit_rate is not None else ""
-    return "\n".join([*table_lines(rows), f"Hit rate / experts copied per layer and token in decode{after}."])
+    return "\n".join([*table_lines(rows), f"Hit rate / experts copied per layer and token in decode{after}.", *LEGEND])
 
 
 def _cell(outcome: Outcome) -> str:

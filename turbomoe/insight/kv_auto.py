@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from turbomoe.config import AUTO, EngineSettings, KVChoice, KVSettings
+from turbomoe.config import EngineSettings, KVChoice, KVSettings
 from turbomoe.engine.calibrate import means_for, means_path
 from turbomoe.files.atomic import WriteError
 from turbomoe.insight.kv_check import FEWEST, Progress, check_ids, check_tokens, first_judged, measure
@@ -35,6 +35,7 @@ from turbomoe.insight.kv_record import (
 )
 from turbomoe.insight.kv_search import ANCHOR, EXACT, LADDER, Found, Judge, Measured, Pair, Search
 from turbomoe.kv.means import KVMeans, MeansError
+from turbomoe.kv_types import AUTO
 from turbomoe.models.base import LoadedModel
 from turbomoe.native.library import load_core
 from turbomoe.notices import Notice, board
@@ -60,13 +61,16 @@ def resolve_kv_types(model: LoadedModel, settings: EngineSettings, progress: Pro
     conditions = Conditions(_basis(means), kv.sink, kv.recent, arithmetic(settings), text_key(kv, model.context_length))
     checks = _load(model.identity, conditions)
     arms = checks.setdefault(conditions, {})
+    told = {pair for pair, arm in arms.items() if arm.failed}
 
     def judge(limits: Mapping[Pair, float]) -> Mapping[Pair, Measured]:
         arms.update(measure(model, kv, means, ids, limits, progress))
         _save(model.identity, checks)
         return arms
 
-    return _searched(model, settings, arms, judge)
+    found = _searched(model, settings, arms, judge)
+    _tell_failed([pair for pair, arm in arms.items() if arm.failed and pair not in told])
+    return found
 
 
 def known_kv_types(facts: Facts, settings: EngineSettings) -> EngineSettings | None:
@@ -130,29 +134,48 @@ def _choice(kv: KVSettings, found: Found, ladder: Ladder) -> KVChoice:
     chosen, anchor = found.tried.get(found.pair), found.tried.get(ANCHOR)
     return KVChoice(
         *found.pair,
-        why="; ".join(filter(None, (_wide(side, kv, found, ladder) for side in (0, 1)))),
+        why=_why(*(_wide(side, kv, found, ladder) for side in (0, 1))),
         mean_kl=None if chosen is None else chosen.kl,
         budget=found.budget,
-        q8_0=None if anchor is None else anchor.kl,
+        q8_0=None if anchor is None or anchor.failed else anchor.kl,
         tokens=max(arm.of for arm in found.tried.values()),
         tried=tuple(arms_json(found.tried)),
         skipped=ladder.skipped,
     )
 
 
+def _why(keys: str, values: str) -> str:
+    """Both reasons of ``_wide`` in a sentence, once where they are the same."""
+    if keys == values and keys:
+        return f"keys and values {keys}"
+    return "; ".join(f"{side} {why}" for side, why in (("keys", keys), ("values", values)) if why)
+
+
 def _wide(side: int, kv: KVSettings, found: Found, ladder: Ladder) -> str:
     """Why keys (side 0) or values (1) stay at 8 bits or more: the least KL among what was tried one step below."""
-    mine, name = found.pair[side], ("keys", "values")[side]
+    mine = found.pair[side]
     if (kv.type_k, kv.type_v)[side] != AUTO or mine not in (EXACT, LADDER[0]):
         return ""
     below = ladder.types[ladder.types.index(mine) + 1 :] if mine in ladder.types else ladder.types
-    kls = [arm.kl for pair, arm in found.tried.items() if pair[side] in below[:1]]
-    why = f"at {below[0]} KL is {min(kls):.2g}" if kls else "its heads do not fit narrower types"
-    return f"{name} stay at {mine}: {why}"
+    tried = [arm for pair, arm in found.tried.items() if pair[side] in below[:1]]
+    if not tried:
+        return f"stay at {mine}: its heads do not fit narrower types"
+    kls = [arm.kl for arm in tried if not arm.failed]
+    why = f"KL is {min(kls):.2g}" if kls else "numbers are not finite"
+    return f"stay at {mine}: at {below[0]} {why}"
 
 
 def _settle(settings: EngineSettings, kv: KVSettings, choice: KVChoice) -> EngineSettings:
     return replace(settings, kv=replace(kv, budget=None), kv_choice=choice)
+
+
+def _tell_failed(pairs: list[Pair]) -> None:
+    """One note for all pairs that this check has found to be of no use."""
+    if not pairs:
+        return
+    names = ", ".join(f"{key}/{value}" for key, value in pairs)
+    why = f"under {names} this model computes numbers that are not finite"
+    board.post(Notice("KV types left out of the choice", why, expected=True))
 
 
 def _basis(means: KVMeans | None) -> str:

@@ -1,7 +1,8 @@
 """The measurement behind ``auto``: pairs of KV types side by side on a text, against a bf16 cache.
 
 Only positions that see codes are judged: within sinks and recent tokens every pair is exact. A pair that cannot come
-within its limit any more is given up, which saves most of the time on models that bear little.
+within its limit any more is given up, which saves most of the time on models that bear little; so is one whose
+numbers are not finite.
 """
 
 from __future__ import annotations
@@ -68,16 +69,29 @@ class _Arm:
     limit: float
     total: float = 0.0
     tokens: int = 0
+    failed: bool = False
 
     def measured(self, of: int) -> Measured:
-        return Measured(self.total / max(1, self.tokens), self.tokens, of)
+        return Measured(self.total / max(1, self.tokens), self.tokens, of, self.failed)
+
+    def run(self, chunk: torch.Tensor, expected: torch.Tensor, judged: bool) -> None:
+        """One chunk more, against the reference's log-probabilities ``expected``."""
+        log_q = _forward(self.runner, chunk, judged)
+        self.failed = not log_q.isfinite().all()
+        if judged and not self.failed:
+            self.total += float(kl_divergence(expected, log_q).double().sum())
+            self.tokens += chunk.shape[1]
 
 
 def measure(
     model: LoadedModel, kv: KVSettings, means: KVMeans | None, ids: list[int], limits: Mapping[Pair, float],
     progress: Progress | None = None,
 ) -> dict[Pair, Measured]:  # fmt: skip
-    """Mean KL of every pair of ``limits`` with the windows of ``kv``, over the tokens ``ids``."""
+    """Mean KL of every pair of ``limits`` with the windows of ``kv``, over the tokens ``ids``.
+
+    A pair that computes numbers that are not finite has failed, and the others go on; raises ``ModelError`` where
+    the bf16 cache gives such numbers: then it is the model.
+    """
 
     def runner(mine: KVSettings, means: KVMeans | None = None) -> ModelRunner:
         return ModelRunner(model, mine, slots=1, ctx_size=len(ids), means=means, measuring=True)
@@ -88,16 +102,14 @@ def measure(
     report = progress or (lambda done, total: None)
     for start, end in _chunks(first_judged(kv), len(ids)):
         report(start, len(ids))
-        live = [arm for arm in live if arm.measured(of).at_least <= arm.limit]
+        live = [arm for arm in live if not arm.failed and arm.measured(of).at_least <= arm.limit]
         if not live:
             break
         chunk, judged = torch.tensor([ids[start:end]]), start >= first_judged(kv)
         expected = _forward(reference, chunk, judged)
+        check_finite(expected, model)
         for arm in live:
-            logits = _forward(arm.runner, chunk, judged)
-            if judged:
-                arm.total += float(kl_divergence(expected, logits).double().sum())
-                arm.tokens += end - start
+            arm.run(chunk, expected, judged)
     report(len(ids), len(ids))
     return {pair: arm.measured(of) for pair, arm in arms.items()}
 
@@ -111,6 +123,4 @@ def _chunks(judged: int, end: int) -> Iterator[tuple[int, int]]:
 
 def _forward(runner: ModelRunner, chunk: torch.Tensor, judged: bool) -> torch.Tensor:
     """Log-probabilities [n, vocab] of a chunk; of its last position alone where nothing is judged."""
-    logits = runner.forward([0], chunk, Phase.PREFILL, keep=0 if judged else 1)[0]
-    check_finite(logits, runner.model)
-    return logits.log_softmax(-1)
+    return runner.forward([0], chunk, Phase.PREFILL, keep=0 if judged else 1)[0].log_softmax(-1)

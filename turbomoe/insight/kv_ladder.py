@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from turbomoe.config import AUTO, EngineSettings, KVSettings
+from turbomoe.config import EngineSettings, KVSettings
 from turbomoe.errors import SettingsError
 from turbomoe.insight.kv_search import EXACT, LADDER, SCALAR
 from turbomoe.kv.codecs import make_codec
 from turbomoe.kv.shape import AttentionShape, LayerShape
+from turbomoe.kv_types import AUTO
 from turbomoe.native.library import load_core
 
 
@@ -45,6 +46,12 @@ def rounds(facts: Facts, kv: KVSettings) -> list[list[KVSettings]]:
     types = ladder_of(facts.layers).types
     beside_exact = [*(filled(kv, EXACT, name) for name in types), *(filled(kv, name, EXACT) for name in types[:1])]
     return [[filled(kv, name, name) for name in types], beside_exact]
+
+
+def most_pairs(facts: Facts, kv: KVSettings) -> int:
+    """How many pairs of types a check may try: all of the ladder, and what lies around the one that passes."""
+    types = len(ladder_of(facts.layers).types)
+    return 2 * types + 1 if (kv.type_k, kv.type_v) == (AUTO, AUTO) else types + 1
 
 
 def exact(kv: KVSettings) -> KVSettings:

@@ -20,7 +20,7 @@ from turbomoe.files.atomic import write_text
 from turbomoe.files.json_file import read_json_object
 from turbomoe.insight.kv_search import Measured, Pair
 
-FORMAT, VERSION = "turbomoe-kv-types", 2  # trellises had other codebooks in 1
+FORMAT, VERSION = "turbomoe-kv-types", 2
 LARGEST_FILE = 1 << 20
 MOST_CHECKS = 32  # other windows, other means: the oldest go
 
@@ -89,7 +89,8 @@ def _check(item: dict[str, Any]) -> tuple[Conditions, dict[Pair, Measured]]:
 
 
 def _measured(arm: Measured) -> Measured:
-    if not (isfinite(arm.kl) and arm.kl >= 0 and 0 < arm.tokens <= arm.of):
+    counted = 0 < arm.tokens <= arm.of or (arm.failed and 0 == arm.tokens < arm.of)
+    if not (isfinite(arm.kl) and arm.kl >= 0 and counted and isinstance(arm.failed, bool)):
         raise ValueError(f"no measurement: {arm}")
     return arm
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
-from turbomoe.config import AUTO
+from turbomoe.kv_types import AUTO
 
 # Widest first. The registry of codecs has more; these are what nobody would want to replace by another at equal bits.
 LADDER = ("q8_0", "tcq4", "tcq3", "tcq2.5", "tcq2")
@@ -21,29 +21,34 @@ EXACT = "bf16"
 ANCHOR = ("q8_0", "q8_0")
 BUDGET = 0.02  # nats a token: room for about 3 bits on the models that bear them (docs/kv-quality.md)
 OVER_ANCHOR = 1.5
+MOST_PASSES = 3  # of the judge: the ladder, what was given up too early, what lies around the best
 
 Pair = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Mean KL of a pair over the first ``tokens`` of ``of`` positions; fewer than all when it was given up."""
+    """Mean KL of a pair over the first ``tokens`` of ``of`` positions; fewer than all when it was given up.
+
+    A pair that has ``failed`` computed numbers that are not finite behind them: it is over every budget.
+    """
 
     kl: float
     tokens: int
     of: int
+    failed: bool = False
 
     @property
     def at_least(self) -> float:
         """What the mean over all positions cannot fall below (a KL is never negative)."""
-        return self.kl * self.tokens / self.of
+        return inf if self.failed else self.kl * self.tokens / self.of
 
     def settles(self, limit: float) -> bool:
         """Whether it is known on which side of ``limit`` the mean over all positions lies."""
-        return self.tokens == self.of or self.at_least > limit
+        return self.failed or self.tokens == self.of or self.at_least > limit
 
     def passes(self, limit: float) -> bool:
-        return self.tokens == self.of and self.kl <= limit
+        return not self.failed and self.tokens == self.of and self.kl <= limit
 
 
 # Measures pairs side by side; one whose ``at_least`` passes its limit may be given up.
@@ -102,7 +107,7 @@ class Search:
         if self.asked is not None:
             return self.asked
         anchor = self.known.get(ANCHOR)
-        return BUDGET if anchor is None else max(BUDGET, OVER_ANCHOR * anchor.kl)
+        return BUDGET if anchor is None or anchor.failed else max(BUDGET, OVER_ANCHOR * anchor.kl)
 
     def _measure(self, limits: Mapping[Pair, float]) -> None:
         self._tried.update(dict.fromkeys(limits))

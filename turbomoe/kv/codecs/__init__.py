@@ -10,10 +10,10 @@ from functools import partial
 
 import torch
 
-from turbomoe.config import KV_TYPE_ALIASES
 from turbomoe.errors import SettingsError
 from turbomoe.kv.base import Codec
 from turbomoe.kv.codecs.plain import PlainCodec
+from turbomoe.kv_types import TRELLIS, kv_type
 
 
 def _q8_0(head_dim: int) -> Codec:
@@ -42,18 +42,16 @@ CODECS: dict[str, Callable[[int], Codec]] = {
     "tq4": partial(_lloyd_max, 4),
     "tq3": partial(_lloyd_max, 3),
     "tq2": partial(_lloyd_max, 2),
-    **{name: partial(_trellis, name) for name in ("tcq4", "tcq3", "tcq2.5", "tcq2")},
+    **{name: partial(_trellis, name) for name in TRELLIS},
 }
 
 
 def make_codec(name: str, head_dim: int) -> Codec:
-    """The codec called ``name`` (or an alias) for vectors of ``head_dim`` values.
+    """The codec called ``name`` (or an alias, in any case) for vectors of ``head_dim`` values.
 
     Raises ``SettingsError`` for an unknown name, and for a head size that the codec cannot store.
     """
-    build = CODECS.get(KV_TYPE_ALIASES.get(name, name))
+    build = CODECS.get(kv_type(name))
     if build is None:
-        aliases = ", ".join(f"{alias} = {known}" for alias, known in KV_TYPE_ALIASES.items())
-        fix = f"choose one of {', '.join(CODECS)} ({aliases})"
-        raise SettingsError(f"Unknown KV cache type {name!r}", fix=f"{fix}, or auto for -ctk and -ctv")
+        raise SettingsError(f"The KV type {name!r} is a wish and no codec", fix="Choose one of " + ", ".join(CODECS))
     return build(head_dim)
