@@ -9,13 +9,15 @@ import triton.language as tl
 from turbomoe.kv.codecs.scales import spread_out
 from turbomoe.kv.codecs.windows import pack_steps, to_planes
 from turbomoe.kv.kernels import encode
-from turbomoe.kv.trellis_codebook import Trellis, codebook
+from turbomoe.kv.trellis_codebook import Lookup, Trellis, codebook
 from turbomoe.kv.trellis_fixed import fixed, search_fixed, to_fixed
 
+FIRST = Lookup((0, 1, 3, 2), 0x96, 0x6, (-40, 12, 25, -9, 38, -21, 3, -14))
+SECOND = Lookup((2, 0, 1, -1), 0x3C, 0xC, (7, -26, 17, 30, -5, 11, -33, 2))
 TINY = [
-    Trellis("two bits", 4, 2, (5,), (1, 5), ((1.25, 0.75),)),
-    Trellis("two of six", 6, 2, (5,), (1, 5), ((1.25, 0.75),)),
-    Trellis("three bits, pairs", 6, 3, (11, 5), (1, 5), ((1.25, 0.75), (1.0, 0.5))),
+    Trellis("two bits", 4, 2, 1, 2, (FIRST, SECOND)),
+    Trellis("two of six", 6, 2, 1, 2, (FIRST, SECOND)),
+    Trellis("three bits, pairs", 6, 3, 2, 8, (FIRST, SECOND)),
 ]
 
 

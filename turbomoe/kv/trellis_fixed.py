@@ -6,8 +6,8 @@ cost and who has it, the lowest state on ties. x is rounded to 2^-x_digits and v
 those of floats: the error of Gaussian vectors grows by up to 0.06% (tcq4, 3,000 vectors).
 
 The range, for the at most 256 coordinates of unit variance of a vector: costs fall by at most the sum of the squares of
-x, 256, and rise above their start by at most 300 before every state has a path. Two paths to a state differ by at most
-(16 + 5^0.5 * 3.3)^2 < 548 in the steps that reach every state. So all costs are in (0, 2048).
+x, 256, and rise above their start by at most 320 before every state has a path. Two paths to a state differ by at most
+(16 + 4^0.5 * 3.9)^2 < 570 in the steps that reach every state. So all costs are in (0, 2048).
 """
 
 from __future__ import annotations
