@@ -23,9 +23,9 @@ from turbomoe.kv.trellis_search import HALF_SPAN as _HALF_SPAN
 VECTORS = 32  # of a program
 _N = tl.constexpr(VECTORS)
 START, UNREACHABLE, HALF_SPAN = tl.constexpr(_START), tl.constexpr(_UNREACHABLE), tl.constexpr(_HALF_SPAN)
-_FIXED = {name: fixed(trellis) for name, trellis in TRELLISES.items()}
-SLOPES_2, SLOPES_25, SLOPES_3, SLOPES_4 = (tl.constexpr(each.slopes) for each in _FIXED.values())
-OFFSETS_2, OFFSETS_25, OFFSETS_3, OFFSETS_4 = (tl.constexpr(each.offsets) for each in _FIXED.values())
+_FIXED = [fixed(TRELLISES[name]) for name in ("tcq2.5", "tcq3", "tcq4")]
+SLOPES_25, SLOPES_3, SLOPES_4 = (tl.constexpr(each.slopes) for each in _FIXED)
+OFFSETS_25, OFFSETS_3, OFFSETS_4 = (tl.constexpr(each.offsets) for each in _FIXED)
 
 
 @triton.constexpr_function
@@ -250,15 +250,13 @@ def search(
     x, table, scratch, codes, squares, first, n, stride, STEPS, KB: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """Vectors from number ``first`` on, below n: int16 ``x`` [STEPS * values, stride], stride a multiple of 32.
+    """tcq2.5, tcq3 or tcq4 for vectors from number ``first`` on, below n: int16 ``x`` [STEPS * values, stride].
 
-    Leaves ``codes`` int32 [n, STEPS * KB / 32], in the order of ``windows.to_planes``, and in ``squares`` float32 [n]
-    the sum of the squares of their values, which ``table`` float32 [values, states] holds. ``scratch`` is int32, 16 KB
-    or less for each of these vectors with 256 steps.
+    The stride is a multiple of 32. Leaves ``codes`` int32 [n, STEPS * KB / 32], in the order of ``windows.to_planes``,
+    and in ``squares`` float32 [n] the sum of the squares of their values, which ``table`` float32 [values, states]
+    holds. ``scratch`` is int32, 13 KB or less for each of these vectors with 256 steps.
     """
-    if KB == 2:
-        _search(x, table, scratch, codes, squares, first, n, stride, STEPS, SLOPES_2, OFFSETS_2, 1, KB, G, WORDS, ASM)
-    elif KB == 3:
+    if KB == 3:
         _search(x, table, scratch, codes, squares, first, n, stride, STEPS, SLOPES_3, OFFSETS_3, 1, KB, G, WORDS, ASM)
     elif KB == 4:
         _search(x, table, scratch, codes, squares, first, n, stride, STEPS, SLOPES_4, OFFSETS_4, 1, KB, G, WORDS, ASM)
