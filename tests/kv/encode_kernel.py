@@ -6,16 +6,22 @@ import torch
 import triton
 import triton.language as tl
 
+from turbomoe.kv import trellis_pairs
 from turbomoe.kv.codecs.scales import spread_out
 from turbomoe.kv.codecs.windows import pack_steps, to_planes
-from turbomoe.kv.kernels import encode
-from turbomoe.kv.trellis_codebook import Trellis, codebook
+from turbomoe.kv.kernels import encode, encode_pairs
+from turbomoe.kv.trellis_codebook import Lookup, Trellis, codebook
 from turbomoe.kv.trellis_fixed import fixed, search_fixed, to_fixed
 
+FIRST = Lookup((0, 1, 3, 2), 0x96, 0x6, (-40, 12, 25, -9, 38, -21, 3, -14))
+SECOND = Lookup((2, 0, 1, -1), 0x3C, 0xC, (7, -26, 17, 30, -5, 11, -33, 2))
 TINY = [
-    Trellis("two bits", 4, 2, (5,), (1, 5), ((1.25, 0.75),)),
-    Trellis("two of six", 6, 2, (5,), (1, 5), ((1.25, 0.75),)),
-    Trellis("three bits, pairs", 6, 3, (11, 5), (1, 5), ((1.25, 0.75), (1.0, 0.5))),
+    Trellis("three bits", 6, 3, 1, 4, (FIRST, SECOND)),
+    Trellis("three bits, pairs", 6, 3, 2, 8, (FIRST, SECOND)),
+]
+TINY_PAIRS = [
+    Trellis("two bits", 4, 2, 1, 2, (FIRST, SECOND)),
+    Trellis("two of six", 6, 2, 1, 2, (FIRST, SECOND)),
 ]
 
 
@@ -29,29 +35,65 @@ def kernel(
     )
 
 
-def check(trellis: Trellis) -> None:
-    """40 vectors of 32 steps, in two programs."""
-    n, steps = 40, 32
-    spread = spread_out(torch.randn(n, steps * trellis.values))[0]
-    spread[3] = 0
+@triton.jit
+def pair_kernel(
+    x, table, scratch, codes, squares, first, n, stride, STEPS, LEVELS: tl.constexpr, NUMBERS: tl.constexpr,
+    G: tl.constexpr,
+):  # fmt: skip
+    encode_pairs._search(x, table, scratch, codes, squares, first, n, stride, STEPS, LEVELS, NUMBERS, G, False)
+
+
+def vectors(n: int, dim: int) -> torch.Tensor:
+    """Gaussian ones, and some far from that."""
+    spread = spread_out(torch.randn(n, dim))[0]
+    spread[3], spread[4], spread[5] = 0, 4, torch.tensor((4.0, -4.0)).repeat(dim // 2)
+    spread[6], spread[6, 9] = 0, dim**0.5
+    return spread
+
+
+def compare(trellis: Trellis, spread: torch.Tensor, codes: torch.Tensor, squares: torch.Tensor) -> None:
     windows = search_fixed(spread, trellis)
     stream = pack_steps(windows & (1 << trellis.step_bits) - 1, trellis.step_bits)
-    x = torch.zeros(steps * trellis.values, 64, dtype=torch.int16)
-    x[:, :n] = to_fixed(spread, trellis).t()
-    codes, squares = torch.zeros(n, steps * trellis.step_bits // 32, dtype=torch.int32), torch.zeros(n)
-    scratch = torch.zeros(2 * 64 * 32 * 16, dtype=torch.int32)
-    parts = fixed(trellis)
-    kernel[(2,)](
-        x, codebook(trellis), scratch, codes, squares, 0, n, 64, steps, parts.slopes, parts.offsets, trellis.values,
-        trellis.step_bits, trellis.groups, trellis.group_words,
-    )  # fmt: skip
     assert torch.equal(codes.view(torch.uint8), to_planes(stream, trellis.group_words)), trellis.name
     want = codebook(trellis).t()[windows].flatten(1).square().sum(-1)
     torch.testing.assert_close(squares, want)
     print(trellis.name, "equal", flush=True)
 
 
+def check(trellis: Trellis, n: int) -> None:
+    """Vectors of 32 steps, the last program not full."""
+    steps, programs = 32, triton.cdiv(n, encode.VECTORS)
+    spread = vectors(n, steps * trellis.values)
+    x = torch.zeros(steps * trellis.values, 64, dtype=torch.int16)
+    x[:, :n] = to_fixed(spread, trellis).t()
+    codes, squares = torch.zeros(n, steps * trellis.step_bits // 32, dtype=torch.int32), torch.zeros(n)
+    scratch = torch.zeros(2 * 64 * 32 * 16, dtype=torch.int32)
+    parts = fixed(trellis)
+    kernel[(programs,)](
+        x, codebook(trellis), scratch, codes, squares, 0, n, 64, steps, parts.slopes, parts.offsets, trellis.values,
+        trellis.step_bits, trellis.groups, trellis.group_words,
+    )  # fmt: skip
+    compare(trellis, spread, codes, squares)
+
+
+def check_pairs(trellis: Trellis, n: int) -> None:
+    """Vectors of 32 steps; an odd last one has no neighbour."""
+    steps, programs = 32, triton.cdiv(n, encode_pairs.VECTORS)
+    spread = vectors(n, steps)
+    x = torch.zeros(steps, 128, dtype=torch.float16)
+    x[:, :n] = trellis_pairs.to_halves(spread).t()
+    codes, squares = torch.zeros(n, steps // 16, dtype=torch.int32), torch.zeros(n)
+    scratch = torch.zeros(2 * 64 * 32 * 4, dtype=torch.int32)
+    pair_kernel[(programs,)](
+        x.view(torch.int32), codebook(trellis), scratch, codes, squares, 0, n, 64, steps,
+        *trellis_pairs.levels(trellis), trellis.groups,
+    )  # fmt: skip
+    compare(trellis, spread, codes, squares)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    for trellis in TINY:
-        check(trellis)
+    for trellis, n in zip(TINY, (40, 20), strict=True):
+        check(trellis, n)
+    for trellis, n in zip(TINY_PAIRS, (71, 50), strict=True):
+        check_pairs(trellis, n)

@@ -6,17 +6,19 @@ cost and who has it, the lowest state on ties. x is rounded to 2^-x_digits and v
 those of floats: the error of Gaussian vectors grows by up to 0.06% (tcq4, 3,000 vectors).
 
 The range, for the at most 256 coordinates of unit variance of a vector: costs fall by at most the sum of the squares of
-x, 256, and rise above their start by at most 300 before every state has a path. Two paths to a state differ by at most
-(16 + 5^0.5 * 3.3)^2 < 548 in the steps that reach every state. So all costs are in (0, 2048).
+x, 256, and rise above their start by at most 320 before every state has a path. Two paths to a state differ by at most
+(16 + 4^0.5 * 3.9)^2 < 570 in the steps that reach every state. So all costs are in (0, 2048).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
+from turbomoe.kv import trellis_pairs
 from turbomoe.kv.trellis_codebook import Trellis, codebook
 from turbomoe.kv.trellis_search import HALF_SPAN
 
@@ -24,6 +26,8 @@ LARGEST = 256  # coordinates
 DIGITS = 20  # binary ones after the point, the state's bits included; eleven before it, and the sign
 START = 640 << DIGITS
 UNREACHABLE = 2 * START
+
+Forward = Callable[[torch.Tensor, torch.Tensor, Trellis], tuple[torch.Tensor, list[torch.Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -52,14 +56,23 @@ def to_fixed(spread: torch.Tensor, trellis: Trellis) -> torch.Tensor:
 
 
 def search_fixed(spread: torch.Tensor, trellis: Trellis) -> torch.Tensor:
-    """Like ``trellis_search.search``, with the paths that the GPU finds: the reference of ``kernels/encode.py``."""
+    """Like ``trellis_search.search``, with the paths that the GPU finds: the reference of ``kernels/encode.py`` and,
+    where 16 bits do (``trellis_pairs``), of ``kernels/encode_pairs.py``.
+    """
+    if trellis_pairs.fits(trellis):
+        return _circle(trellis_pairs.to_halves(spread), trellis, trellis_pairs.forward, 0, trellis_pairs.UNREACHABLE)
     x = to_fixed(spread, trellis).int().unflatten(-1, (-1, trellis.values))
+    return _circle(x, trellis, _forward, START, UNREACHABLE)
+
+
+def _circle(x: torch.Tensor, trellis: Trellis, forward: Forward, begin: int, unreachable: int) -> torch.Tensor:
+    """Steps [n, steps, ...] to windows int64 [n, steps]; ``begin`` is the cost of a path before its first step."""
     near = torch.arange(-HALF_SPAN, HALF_SPAN, device=x.device).remainder(x.shape[1])
-    costs, least = _forward(x[:, near], x.new_full((len(x), trellis.groups), START), trellis)
+    start = torch.full((len(x), trellis.groups), begin, dtype=torch.int32, device=x.device)
+    costs, least = forward(x[:, near], start, trellis)
     state = _back(costs.min(-1).indices, least[HALF_SPAN - 1 :], trellis)[0]
-    start = x.new_full((len(x), trellis.groups), UNREACHABLE)
-    start.scatter_(1, state[:, None] >> trellis.step_bits, START)
-    _, least = _forward(x, start, trellis)
+    start = torch.full_like(start, unreachable).scatter_(1, state[:, None] >> trellis.step_bits, begin)
+    _, least = forward(x, start, trellis)
     return torch.stack([*_back(state % trellis.groups, least[:-1], trellis), state], 1)
 
 

@@ -23,42 +23,34 @@ from turbomoe.kv.trellis_search import HALF_SPAN as _HALF_SPAN
 VECTORS = 32  # of a program
 _N = tl.constexpr(VECTORS)
 START, UNREACHABLE, HALF_SPAN = tl.constexpr(_START), tl.constexpr(_UNREACHABLE), tl.constexpr(_HALF_SPAN)
-_FIXED = {name: fixed(trellis) for name, trellis in TRELLISES.items()}
-SLOPES_2, SLOPES_25, SLOPES_3, SLOPES_4 = (tl.constexpr(each.slopes) for each in _FIXED.values())
-OFFSETS_2, OFFSETS_25, OFFSETS_3, OFFSETS_4 = (tl.constexpr(each.offsets) for each in _FIXED.values())
+_FIXED = [fixed(TRELLISES[name]) for name in ("tcq2.5", "tcq3", "tcq4")]
+SLOPES_25, SLOPES_3, SLOPES_4 = (tl.constexpr(each.slopes) for each in _FIXED)
+OFFSETS_25, OFFSETS_3, OFFSETS_4 = (tl.constexpr(each.offsets) for each in _FIXED)
 
 
 @triton.constexpr_function
 def _group(place, many, groups):
-    """Which group is made in this place: those that share predecessors follow each other, each with its mirror."""
-    half = place // 2
-    group = half % many * (groups // many) + half // many
-    return groups - 1 - group if place % 2 else group
+    """Which group is made in this place: those that share predecessors follow each other."""
+    return place % many * (groups // many) + place // many
 
 
 @triton.constexpr_function
 def _place(group, many, groups):
-    """Where this group was made."""
-    return next(place for place in range(groups) if _group(place, many, groups) == group)
+    """Where this group is made."""
+    return group % (groups // many) * many + group // (groups // many)
 
 
 @triton.constexpr_function
 def _text(slopes, offsets, state):
-    """PTX: what a step costs in a state and in its mirror, added to two costs, each kept if less than two others.
+    """PTX: what a step costs in a state, added to a cost, kept if less than another.
 
     ``min.relu`` is a minimum, as no cost is negative; the assembler makes one instruction of it and the addition, where
     it would turn a chain of plain minima into a tree of more.
     """
-    offset, lines = offsets[state], [".reg .s32 p, q;"]
-    if len(slopes) == 1:
-        lines += [
-            f"mad.lo.s32 p, $6, {slopes[0][state]}, {offset};",
-            f"mad.lo.s32 q, $6, {-slopes[0][state]}, {offset};",
-        ]
-    else:
-        lines += [f"mul.lo.s32 p, $6, {slopes[0][state]};", f"mad.lo.s32 p, $7, {slopes[1][state]}, p;"]
-        lines += [f"sub.s32 q, {offset}, p;", f"add.s32 p, p, {offset};"]
-    lines += ["add.s32 p, p, $2;", "add.s32 q, q, $3;", "min.relu.s32 $0, p, $4;", "min.relu.s32 $1, q, $5;"]
+    lines = [".reg .s32 p;", f"mad.lo.s32 p, $3, {slopes[0][state]}, {offsets[state]};"]
+    if len(slopes) == 2:
+        lines.append(f"mad.lo.s32 p, $4, {slopes[1][state]}, p;")
+    lines += ["add.s32 p, p, $1;", "min.relu.s32 $0, p, $2;"]
     return "{" + " ".join(lines) + "}"
 
 
@@ -83,24 +75,21 @@ def _distance(x, y, state: tl.constexpr, SLOPES: tl.constexpr, OFFSETS: tl.const
 
 @triton.jit
 def _lesser(
-    a, b, from_a, from_b, x, y, state: tl.constexpr, mirror: tl.constexpr, SLOPES: tl.constexpr, OFFSETS: tl.constexpr,
-    VALUES: tl.constexpr, ASM: tl.constexpr,
+    cost, come, x, y, state: tl.constexpr, SLOPES: tl.constexpr, OFFSETS: tl.constexpr, VALUES: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
-    """The lesser of a and the cost of coming from ``from_a`` to this state, and so for its mirror: a pair."""
+    """The lesser of ``cost`` and that of a step to this state from a group of cost ``come``."""
     if ASM:
         if VALUES == 1:
             return tl.inline_asm_elementwise(
-                _text(SLOPES, OFFSETS, state), "=&r,=&r,r,r,r,r,r", [from_a, from_b, a, b, x],
-                dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
-            )  # fmt: skip
+                _text(SLOPES, OFFSETS, state), "=r,r,r,r", [come, cost, x], dtype=tl.int32, is_pure=True, pack=1
+            )
         else:
             return tl.inline_asm_elementwise(
-                _text(SLOPES, OFFSETS, state), "=&r,=&r,r,r,r,r,r,r", [from_a, from_b, a, b, x, y],
-                dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
-            )  # fmt: skip
+                _text(SLOPES, OFFSETS, state), "=r,r,r,r,r", [come, cost, x, y], dtype=tl.int32, is_pure=True, pack=1
+            )
     else:
-        a = tl.minimum(a, from_a + _distance(x, y, state, SLOPES, OFFSETS, VALUES))
-        return a, tl.minimum(b, from_b + _distance(x, y, mirror, SLOPES, OFFSETS, VALUES))
+        return tl.minimum(cost, come + _distance(x, y, state, SLOPES, OFFSETS, VALUES))
 
 
 @triton.jit
@@ -111,32 +100,25 @@ def _step(
     """Least costs of all groups after a step over values x (and y), int32 [N] each; what they drop goes to ``kept``.
 
     State s comes from group s % G and goes to group s >> KB. The lowest bits of a cost are those of its group, so that
-    they say in a minimum where it came from. States s and 2^L - s have opposite values and share their constants.
+    they say in a minimum where it came from.
     """
     MANY: tl.constexpr = 1 << KB
     PER: tl.constexpr = 32 // KB
     found = ()
     word = tl.zeros((_N,), tl.uint32)
-    for half in tl.static_range(G // 2):
-        a = costs[_group(2 * half, MANY, G) * MANY % G]
-        a += _distance(x, y, _group(2 * half, MANY, G) * MANY, SLOPES, OFFSETS, VALUES)
-        b = costs[_group(2 * half + 1, MANY, G) * MANY % G]
-        b += _distance(x, y, _group(2 * half + 1, MANY, G) * MANY, SLOPES, OFFSETS, VALUES)
+    for place in tl.static_range(G):
+        least = costs[_group(place, MANY, G) * MANY % G]
+        least += _distance(x, y, _group(place, MANY, G) * MANY, SLOPES, OFFSETS, VALUES)
         for bits in tl.static_range(1, MANY):
-            a, b = _lesser(
-                a, b, costs[(_group(2 * half, MANY, G) * MANY + bits) % G],
-                costs[(_group(2 * half + 1, MANY, G) * MANY + MANY - bits) % G], x, y,
-                _group(2 * half, MANY, G) * MANY + bits, _group(2 * half + 1, MANY, G) * MANY + MANY - bits,
+            least = _lesser(
+                least, costs[(_group(place, MANY, G) * MANY + bits) % G], x, y, _group(place, MANY, G) * MANY + bits,
                 SLOPES, OFFSETS, VALUES, ASM,
             )  # fmt: skip
-        word = (word >> KB) | (a.to(tl.uint32, bitcast=True) << (32 - KB))
-        if 2 * half % PER == PER - 1:
-            tl.store(kept + 2 * half // PER * _N + tl.arange(0, _N), word.to(tl.int32, bitcast=True))
-        word = (word >> KB) | (b.to(tl.uint32, bitcast=True) << (32 - KB))
-        if (2 * half + 1) % PER == PER - 1 or 2 * half == G - 2:
-            last = word >> (PER - 1 - (2 * half + 1) % PER) * KB
-            tl.store(kept + 2 * half // PER * _N + tl.arange(0, _N), last.to(tl.int32, bitcast=True))
-        found = found + (a & -MANY, b & -MANY)
+        word = (word >> KB) | (least.to(tl.uint32, bitcast=True) << (32 - KB))
+        if place % PER == PER - 1 or place == G - 1:
+            full = word >> (PER - 1 - place % PER) * KB
+            tl.store(kept + place // PER * _N + tl.arange(0, _N), full.to(tl.int32, bitcast=True))
+        found = found + (least & -MANY,)
     by_group = ()
     for j in tl.static_range(G):
         by_group = by_group + (found[_place(j, MANY, G)] | j % MANY,)
@@ -150,13 +132,7 @@ def _dropped(kept, group, KB: tl.constexpr, G: tl.constexpr):
     All words are read, so that no load waits for another's bits.
     """
     PER: tl.constexpr = 32 // KB
-    BLOCKS: tl.constexpr = G >> KB
-    if BLOCKS == 1:
-        second = group * 2 // G
-    else:
-        second = group % BLOCKS * 2 // BLOCKS
-    first = tl.where(second != 0, G - 1 - group, group)
-    place = 2 * (first % BLOCKS * (1 << KB) + first // BLOCKS) + second
+    place = group % (G >> KB) * (1 << KB) + group // (G >> KB)
     word = tl.zeros((_N,), tl.int32)
     for k in tl.static_range((G + PER - 1) // PER):
         word = tl.where(place // PER == k, tl.load(kept + k * _N + tl.arange(0, _N)), word)
@@ -274,15 +250,13 @@ def search(
     x, table, scratch, codes, squares, first, n, stride, STEPS, KB: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """Vectors from number ``first`` on, below n: int16 ``x`` [STEPS * values, stride], stride a multiple of 32.
+    """tcq2.5, tcq3 or tcq4 for vectors from number ``first`` on, below n: int16 ``x`` [STEPS * values, stride].
 
-    Leaves ``codes`` int32 [n, STEPS * KB / 32], in the order of ``windows.to_planes``, and in ``squares`` float32 [n]
-    the sum of the squares of their values, which ``table`` float32 [values, states] holds. ``scratch`` is int32, 16 KB
-    or less for each of these vectors with 256 steps.
+    The stride is a multiple of 32. Leaves ``codes`` int32 [n, STEPS * KB / 32], in the order of ``windows.to_planes``,
+    and in ``squares`` float32 [n] the sum of the squares of their values, which ``table`` float32 [values, states]
+    holds. ``scratch`` is int32, 13 KB or less for each of these vectors with 256 steps.
     """
-    if KB == 2:
-        _search(x, table, scratch, codes, squares, first, n, stride, STEPS, SLOPES_2, OFFSETS_2, 1, KB, G, WORDS, ASM)
-    elif KB == 3:
+    if KB == 3:
         _search(x, table, scratch, codes, squares, first, n, stride, STEPS, SLOPES_3, OFFSETS_3, 1, KB, G, WORDS, ASM)
     elif KB == 4:
         _search(x, table, scratch, codes, squares, first, n, stride, STEPS, SLOPES_4, OFFSETS_4, 1, KB, G, WORDS, ASM)

@@ -1,4 +1,4 @@
-"""Encoding by trellis on the GPU: what surrounds the search of ``encode.py``."""
+"""Encoding by trellis on the GPU: what surrounds the searches of ``encode.py`` and ``encode_pairs.py``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import functools
 import torch
 import triton
 
+from turbomoe.kv import trellis_pairs
 from turbomoe.kv.codecs.scales import root, spread_out, to_scale
-from turbomoe.kv.kernels import encode as kernels
+from turbomoe.kv.kernels import encode as singly
+from turbomoe.kv.kernels import encode_pairs
 from turbomoe.kv.kernels.checked import failure
 from turbomoe.kv.kernels.stored import processors
 from turbomoe.kv.trellis_codebook import Trellis, codebook
@@ -34,27 +36,40 @@ def encode(x: torch.Tensor, trellis: Trellis, asm: bool = True) -> tuple[torch.T
 def search(spread: torch.Tensor, trellis: Trellis, asm: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Float32 [n, head_dim] of unit variance to codes uint8 [n, bytes] and the sum of their squares, float32 [n].
 
-    Scratch memory is bounded, whatever n is: 0.1 to 0.5 GB on a GPU of 132 processors.
+    Scratch memory is bounded, whatever n is: 0.1 to 0.6 GB on a GPU of 132 processors.
     """
     n, dim = spread.shape
-    steps, device = dim // trellis.values, spread.device
-    padded = triton.cdiv(max(n, 1), kernels.VECTORS) * kernels.VECTORS
-    x = torch.zeros(dim, padded, dtype=torch.int16, device=device)
-    x[:, :n] = to_fixed(spread, trellis).t()
+    steps, device, pairs = dim // trellis.values, spread.device, trellis_pairs.fits(trellis)
+    each = encode_pairs.VECTORS if pairs else singly.VECTORS
+    x = _columns(spread, trellis, each)
     codes = torch.empty(n, steps * trellis.step_bits // 32, dtype=torch.int32, device=device)
     squares = torch.empty(n, dtype=torch.float32, device=device)
-    programs = min(padded // kernels.VECTORS, WARPS * processors(device))
-    words = -(-trellis.groups // (32 // trellis.step_bits))
-    room = programs * max(steps, 2 * HALF_SPAN) * words * kernels.VECTORS
+    programs = min(triton.cdiv(max(n, 1), each), WARPS * processors(device))
+    words = triton.cdiv(trellis.groups, encode_pairs.GROUPS_A_WORD if pairs else 32 // trellis.step_bits)
+    room = programs * max(steps, 2 * HALF_SPAN) * words * singly.VECTORS
     scratch = torch.empty(room, dtype=torch.int32, device=device)
     table = codebook(trellis, str(device))
-    for first in range(0, n, programs * kernels.VECTORS):
-        grid = min(programs, triton.cdiv(n - first, kernels.VECTORS))
-        kernels.search[(grid,)](
-            x, table, scratch, codes, squares, first, n, padded, steps, KB=trellis.step_bits, G=trellis.groups,
-            WORDS=trellis.group_words, ASM=asm, num_warps=1,
-        )  # fmt: skip
+    for first in range(0, n, programs * each):
+        grid = min(programs, triton.cdiv(n - first, each))
+        where = x, table, scratch, codes, squares, first, n, x.shape[1], steps
+        if pairs:
+            encode_pairs.search[(grid,)](*where, ASM=asm, num_warps=1)
+        else:
+            constants = {"KB": trellis.step_bits, "G": trellis.groups, "WORDS": trellis.group_words}
+            singly.search[(grid,)](*where, **constants, ASM=asm, num_warps=1)
     return codes.view(torch.uint8), squares
+
+
+def _columns(spread: torch.Tensor, trellis: Trellis, each: int) -> torch.Tensor:
+    """What the kernels read, for whole programs of ``each`` vectors: int16 [head_dim, vectors], or int32 [head_dim,
+    vectors / 2] of two float16 each.
+    """
+    n, dim = spread.shape
+    pairs = trellis_pairs.fits(trellis)
+    padded = triton.cdiv(max(n, 1), each) * each
+    x = torch.zeros(dim, padded, dtype=torch.float16 if pairs else torch.int16, device=spread.device)
+    x[:, :n] = (trellis_pairs.to_halves(spread) if pairs else to_fixed(spread, trellis)).t()
+    return x.view(torch.int32) if pairs else x
 
 
 @functools.cache
