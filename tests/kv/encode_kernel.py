@@ -10,11 +10,11 @@ from turbomoe.kv import trellis_pairs
 from turbomoe.kv.codecs.scales import spread_out
 from turbomoe.kv.codecs.windows import pack_steps, to_planes
 from turbomoe.kv.kernels import encode, encode_pairs
-from turbomoe.kv.trellis_codebook import Lookup, Trellis, codebook
+from turbomoe.kv.trellis_codebook import ALL, Lookup, Trellis, codebook
 from turbomoe.kv.trellis_fixed import fixed, search_fixed, to_fixed
 
-FIRST = Lookup((0, 1, 3, 2), 0x96, 0x6, (-40, 12, 25, -9, 38, -21, 3, -14))
-SECOND = Lookup((2, 0, 1, -1), 0x3C, 0xC, (7, -26, 17, 30, -5, 11, -33, 2))
+FIRST = Lookup(((0, ALL), (1, ALL), (3, ALL), (2, ALL)), (-40, 12, 25, -9, 38, -21, 3, -14))
+SECOND = Lookup(((2, ALL), (0, ALL), (1, 0x66)), (7, -26, 17, 30, -5, 11, -33, 2))
 TINY = [
     Trellis("three bits", 6, 3, 1, 4, (FIRST, SECOND)),
     Trellis("three bits, pairs", 6, 3, 2, 8, (FIRST, SECOND)),
