@@ -9,9 +9,9 @@ import triton.language as tl
 from turbomoe.kv import trellis_pairs
 from turbomoe.kv.codecs.scales import spread_out
 from turbomoe.kv.codecs.windows import pack_steps, to_planes
-from turbomoe.kv.kernels import encode, encode_pairs
+from turbomoe.kv.kernels import encode, encode_pairs, encoding
 from turbomoe.kv.trellis_codebook import ALL, Lookup, Trellis, codebook
-from turbomoe.kv.trellis_fixed import fixed, search_fixed, to_fixed
+from turbomoe.kv.trellis_fixed import fixed, search_fixed
 
 FIRST = Lookup(((0, ALL), (1, ALL), (3, ALL), (2, ALL)), (-40, 12, 25, -9, 38, -21, 3, -14))
 SECOND = Lookup(((2, ALL), (0, ALL), (1, 0x66)), (7, -26, 17, 30, -5, 11, -33, 2))
@@ -64,14 +64,13 @@ def check(trellis: Trellis, n: int) -> None:
     """Vectors of 32 steps, the last program not full."""
     steps, programs = 32, triton.cdiv(n, encode.VECTORS)
     spread = vectors(n, steps * trellis.values)
-    x = torch.zeros(steps * trellis.values, 64, dtype=torch.int16)
-    x[:, :n] = to_fixed(spread, trellis).t()
+    x = encoding._columns(spread, trellis, encode.VECTORS)
     codes, squares = torch.zeros(n, steps * trellis.step_bits // 32, dtype=torch.int32), torch.zeros(n)
     scratch = torch.zeros(2 * 64 * 32 * 16, dtype=torch.int32)
     parts = fixed(trellis)
     kernel[(programs,)](
-        x, codebook(trellis), scratch, codes, squares, 0, n, 64, steps, parts.slopes, parts.offsets, trellis.values,
-        trellis.step_bits, trellis.groups, trellis.group_words,
+        x, codebook(trellis), scratch, codes, squares, 0, n, x.shape[1], steps, parts.slopes, parts.offsets,
+        trellis.values, trellis.step_bits, trellis.groups, trellis.group_words,
     )  # fmt: skip
     compare(trellis, spread, codes, squares)
 
@@ -80,12 +79,11 @@ def check_pairs(trellis: Trellis, n: int) -> None:
     """Vectors of 32 steps; an odd last one has no neighbour."""
     steps, programs = 32, triton.cdiv(n, encode_pairs.VECTORS)
     spread = vectors(n, steps)
-    x = torch.zeros(steps, 128, dtype=torch.float16)
-    x[:, :n] = trellis_pairs.to_halves(spread).t()
+    x = encoding._columns(spread, trellis, encode_pairs.VECTORS)
     codes, squares = torch.zeros(n, steps // 16, dtype=torch.int32), torch.zeros(n)
     scratch = torch.zeros(2 * 64 * 32 * 4, dtype=torch.int32)
     pair_kernel[(programs,)](
-        x.view(torch.int32), codebook(trellis), scratch, codes, squares, 0, n, 64, steps,
+        x, codebook(trellis), scratch, codes, squares, 0, n, x.shape[1], steps,
         *trellis_pairs.levels(trellis), trellis.groups,
     )  # fmt: skip
     compare(trellis, spread, codes, squares)

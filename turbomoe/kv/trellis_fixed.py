@@ -3,7 +3,7 @@
 A cost lacks the square of x, the same for all states: v^2 - 2 x v, in units of 2^-(x_digits + v_digits) and shifted by
 ``step_bits``, so that the lowest bits can name the state within its group: one integer minimum then finds the least
 cost and who has it, the lowest state on ties. x is rounded to 2^-x_digits and v to 2^-v_digits, so some paths are not
-those of floats: the error of Gaussian vectors grows by up to 0.06% (tcq4, 3,000 vectors).
+those of floats: the error of Gaussian vectors grows by up to 0.03% (tcq4, 3,000 vectors).
 
 The range, for the at most 256 coordinates of unit variance of a vector: costs fall by at most the sum of the squares of
 x, 256, and rise above their start by at most 320 before every state has a path. Two paths to a state differ by at most
