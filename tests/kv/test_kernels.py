@@ -125,11 +125,17 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from turbomoe.kv.codecs import make_codec
 from turbomoe.kv.kernels import decode
+from turbomoe.kv.kernels.launch import COMPILER_READ, STAGES
+from turbomoe.kv.kernels.layout import chunks
 names = decode.attend.arg_names
+pair = "{k}", "{v}"
+k_width, v_width = (make_codec(name, {dim}).planes[0].width for name in pair)
 constants = dict(
-    HEADS=8, KV_HEADS=2, GROUP=4, D=128, SINK=64, RECENT=256, BEHIND=320, K_KIND="{k}", V_KIND="{v}", K_WIDTH=48,
-    V_WIDTH=32, HAS_MEAN=True, SPLITS=64, WINDOWS=6, CHUNKS=1, STAGES=2, EARLY=False, ASM=True, PRECISION="tf32",
+    HEADS=8, KV_HEADS=2, GROUP=4, D={dim}, SINK=64, RECENT=256, BEHIND=320, K_KIND="{k}", V_KIND="{v}",
+    K_WIDTH=k_width, V_WIDTH=v_width, HAS_MEAN=True, SPLITS=64, WINDOWS=6, CHUNKS=chunks({dim}, *pair),
+    STAGES=1 if COMPILER_READ.isdisjoint(pair) else STAGES, EARLY=False, ASM=True, PRECISION="tf32",
 )
 halves = "turned k_scales v_scales k_table v_table part_far"
 floats = "factors offsets part_top part_total"
@@ -142,16 +148,22 @@ signature = {{n: "constexpr" if n in constants else kinds.get(n, "*bf16") for n 
 for capability in (80, 89, 90, 120):
     source = ASTSource(fn=decode.attend, signature=signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={{"num_warps": 4}})
-    assert "fma.rn.f16x2" in compiled.asm["ptx"]
+    assert "prmt.b32" in compiled.asm["ptx"]
 print("compiled")
 """
 
 
-@pytest.mark.parametrize(("k", "v"), [("tcq3", "tcq2"), ("tq3", "tcq2.5")])
-def test_the_assembly_compiles_for_gpus_from_ampere_to_blackwell(k: str, v: str, tmp_path: object) -> None:
+@pytest.mark.parametrize(("dim", "k", "v"), [
+    (128, "tcq3", "tcq2"), (128, "tq3", "tcq2.5"), (256, "tq2", "tcq4"), (64, "q8_0", "tq4"),
+])  # fmt: skip
+def test_the_assembly_compiles_for_gpus_from_ampere_to_blackwell(dim: int, k: str, v: str, tmp_path: object) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE.format(k=k, v=v)], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", COMPILE.format(dim=dim, k=k, v=v)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.stdout.strip() == "compiled", done.stderr[-2000:]
