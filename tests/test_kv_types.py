@@ -24,6 +24,7 @@ HINTS = {
     "Q4_1": "tq4 is about the same size, ",
     "iq4_nl": "tq4 is about the same size, ",
     "int4": "tq4 is about the same size, ",
+    "q1_0": "The fewest bits are those of tq2 and tcq2.",
     "q5_0": "The nearest sizes are tcq4, a bit a value less, and q8_0.",
     "q5_1": "The nearest sizes are tcq4, a bit a value less, and q8_0.",
     "q8_1": "q8_0 is the same size.",

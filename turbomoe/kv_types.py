@@ -15,8 +15,9 @@ ALIASES = {"turbo2": "tq2", "turbo3": "tq3", "turbo4": "tq4", "turbo2_tcq": "tcq
 AUTO = "auto"  # a KV type that ``insight.kv_auto`` replaces before anything is built
 
 # What to say to somebody who knows other programs' formats, by bits: q4_0, iq4_nl, q5_1, int8 and the like.
-_OTHER_FORMAT = re.compile(r"(?:i?q|int)([2-8])(?:_\w+)?")
+_OTHER_FORMAT = re.compile(r"(?:i?q|int)([1-8])(?:_\w+)?")
 _NEAREST = {
+    "1": "The fewest bits are those of tq2 and tcq2",
     "2": "tq2 and tcq2 are about the same size",
     "3": "tq3 and tcq3 are about the same size",
     "4": "tq4 is about the same size, and tcq4 too, with less error",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from turbomoe.insight import kv_auto
 from turbomoe.kv.codecs import make_codec
 from turbomoe.kv.codecs.scales import spread_out
 from turbomoe.kv.codecs.windows import pair_windows
@@ -224,10 +225,18 @@ def test_a_trellis_beats_the_scalar_codec(name: str, scalar: str, ratio: float, 
     assert errors[0] <= ratio * errors[1]
 
 
-# 0.039 was asked for at 2.5 bits; with heads of 256 it is missed by 1.3%: docs/log.md says why, and what would help.
-@pytest.mark.parametrize(("name", "limit"), [("tcq2", 0.0765), ("tcq2.5", 0.0395), ("tcq3", 0.0195), ("tcq4", 0.0056)])
+@pytest.mark.parametrize(("name", "limit"), [
+    ("tcq2", 0.0765), ("tcq3", 0.0195), ("tcq4", 0.0056),
+    pytest.param("tcq2.5", 0.039, marks=pytest.mark.xfail(strict=True, reason="0.0395 at 256: docs/log.md says why")),
+])  # fmt: skip
 def test_the_measured_errors_are_those_that_were_asked_for(name: str, limit: float) -> None:
     assert all(2.0 ** (-2 * BITS[name]) < error <= limit for error in GAUSSIAN_NMSE[name].values())
+
+
+def test_other_codebooks_are_another_version() -> None:
+    """Whoever changes the digests raises both numbers: saved sessions carry one, kept measurements of KL the other."""
+    assert (make_codec("tcq2", 64).version, kv_auto.CODES) == (2, 2)
+    assert DIGESTS["tcq2"].startswith("6c1a4ac9")
 
 
 @pytest.mark.parametrize("name", TRELLISES)

@@ -84,6 +84,8 @@ def _attempt(action: Callable[[], int], debug: bool) -> int:
     except BrokenPipeError:
         _abandon_stdout()
         return BROKEN_PIPE
+    except SystemExit as stop:  # libraries of servers do that
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:
         return report(error, debug)
     return code

@@ -30,6 +30,10 @@ DIFFERENCES: dict[str, Words] = {
         f"its recurrent states are {_short(theirs)}, and this run's are {_short(mine)}",
         "Use the --dtype that it was written with, or choose another file",
     ),
+    "codecs": lambda theirs, mine: (
+        f"its codes are those of another version of turbomoe ({_versions(theirs)}; here {_versions(mine)})",
+        "Choose another file, or start anew without it",
+    ),
     "means": lambda theirs, mine: (
         "its codes were made with other key and value means than this machine has for the model",
         "Copy the means of the machine that wrote it (docs/sessions.md), or choose another file",
@@ -116,6 +120,13 @@ def _both(pair: Any) -> str:
 def _flags(names: tuple[str, ...], values: Any) -> str:
     pairs = zip(names, values if isinstance(values, list) else (), strict=False)
     return " ".join(f"{name} {_short(value)}" for name, value in pairs) or "what it was written with"
+
+
+def _versions(codecs: Any) -> str:
+    """Like "tcq2 2": of any value that a file may hold."""
+    found = codecs.items() if isinstance(codecs, dict) else ()
+    named = [f"{str(name).partition('/')[0]} {each.get('version')}" for name, each in found if isinstance(each, dict)]
+    return _short(", ".join(dict.fromkeys(named)) or "unknown")
 
 
 def _short(value: Any) -> str:

@@ -40,7 +40,7 @@ from turbomoe.models.base import LoadedModel
 from turbomoe.native.library import load_core
 from turbomoe.notices import Notice, board
 
-CODES = 1  # raised when a codec's codes or the transform before them come to mean something else
+CODES = 2  # raised when a codec's codes or the transform before them come to mean something else
 
 
 class _NotMeasured(Exception):

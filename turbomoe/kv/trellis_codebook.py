@@ -53,6 +53,12 @@ class Trellis:
     lookups: tuple[Lookup, ...]
     gate: int = 0xFF
 
+    def __post_init__(self) -> None:
+        """What the assembly takes for granted."""
+        for number, lookup in enumerate(self.lookups):
+            assert lookup.function is None or all(mask == ALL for _, mask in lookup.taps[:3])
+            assert self.gate == 0xFF or number == 0 or min(lookup.levels) == 0
+
     @property
     def states(self) -> int:
         return 1 << self.window_bits

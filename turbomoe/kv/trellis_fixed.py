@@ -7,7 +7,7 @@ those of floats: the error of Gaussian vectors grows by up to 0.03% (tcq4, 3,000
 
 The range, for the at most 256 coordinates of unit variance of a vector: costs fall by at most the sum of the squares of
 x, 256, and rise above their start by at most 320 before every state has a path. Two paths to a state differ by at most
-(16 + 4^0.5 * 3.9)^2 < 570 in the steps that reach every state. So all costs are in (0, 2048).
+(16 + 4^0.5 * 3.9)^2 < 570 in the four steps, or fewer, that reach every state. So all costs are in (0, 2048).
 """
 
 from __future__ import annotations

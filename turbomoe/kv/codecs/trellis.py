@@ -1,7 +1,7 @@
 """tcq2, tcq2.5, tcq3, tcq4: trellis-coded vectors, a path of overlapping windows for each, and one matched-norm scale.
 
-At equal bits a third (2 bits) to almost a half (4 bits) below the error of one Lloyd-Max level a coordinate. The input
-is already centred and rotated, as for tq2, tq3 and tq4, and the scale is theirs.
+At equal bits more than a third (2 bits) to more than two fifths (3 and 4 bits) below the error of one Lloyd-Max level a
+coordinate. The input is already centred and rotated, as for tq2, tq3 and tq4, and the scale is theirs.
 """
 
 from __future__ import annotations

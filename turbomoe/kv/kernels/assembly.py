@@ -1,9 +1,8 @@
 """PTX that decodes codes to pairs of halves, built from the codecs' own parameters.
 
-A 32-bit register holds two halves. Scalar codes choose bytes of their levels in permutations of bytes, four codes an
-instruction. A trellis window masked into the low bits of a half and joined with 0x6400 is the number 1024 + window, so
-one bitwise instruction converts two, and their values follow by half-precision FMAs. Shifting a window out of two
-neighbouring words is one funnel shift.
+A 32-bit register holds two halves. Codes choose bytes in permutations of bytes, four an instruction: scalar codes both
+bytes of their levels; trellis windows, through bitwise functions of shifted words, bytes of two or three tables, whose
+sum joined with 0x64 is the half 1024 + sum. Shifting bits out of two neighbouring words is one funnel shift.
 Each builder returns the text of one inline-assembly block: words of one vector in, registers of two values each out.
 """
 
