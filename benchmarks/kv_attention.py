@@ -272,7 +272,10 @@ HEAD = """\
 `turbomoe run` does not use a GPU yet; these kernels are what it will use there, and `EngineSettings(device="cuda")`
 in Python does. **In short**: from 32,768 tokens on `tq2`, `tq3`, `tq4` and `tcq2` beat bf16 in every shape; `tcq3`
 and `tcq4` beat it in the 397B shape, and with heads of 128 from 131,072 tokens on; `tcq2.5` beats it in the 397B
-shape from 131,072 tokens on, is level with it there at 32,768 and 10 to 20% slower elsewhere. Both sides have the same type in these tables.
+shape from 131,072 tokens on, is level with it there at 32,768 and 10 to 20% slower elsewhere. At 4,096 tokens every
+type is slower than bf16, and `q8_0`, which was not tuned, at every length. Reading a prompt takes longer than with
+bf16 in any type (below), and the fastest types are the coarsest: which to choose for their fidelity stands in
+[kv-quality.md](kv-quality.md) (in doubt `tcq4`). Both sides have the same type in these tables.
 
 Written by `python benchmarks/kv_attention.py write`. What was measured: `python benchmarks/kv_attention.py measure`
 (times, inside CUDA graphs), `python benchmarks/kv_kernel_matrix.py` (errors), `python benchmarks/kv_memory.py`

@@ -36,7 +36,7 @@ FOOT = """\
 - **The trellis** is worth nearly half a bit at 3 bits: `tcq2.5` stands near `tq3`, a little above it.
 - **Perplexity is no verdict**: on Qwen2.5 it falls as codes get coarser, and so do the chances of the right answers.
 - **A small mean KL does not find every needle**: what `auto` picks was judged at 2,048 tokens. Where single facts of a
-  long text matter, give keys `tcq3` or `tcq4`, or a wider recent window, and compare in the table of needles.
+  long text matter, say `-ctk tcq4 -ctv tcq4`, or `tcq3` for less memory, and compare in the table of needles.
 - **Keys or values first?** Compare pairs of equal bits; where in doubt leave it to `auto`."""
 
 AUTO = """\

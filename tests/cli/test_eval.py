@@ -65,7 +65,8 @@ def test_json(turbomoe: Turbomoe, chat_model: Path) -> None:
     report = turbomoe(
         "eval", "-m", chat_model, "--tokens", "64", "--json", "-ctk", "tq2", "-ctv", "bf16", "--kv-recent", "8"
     ).json
-    assert list(report) == ["model", "text", "results"] and report["model"] == "tiny llama"
+    assert list(report) == ["model", "text", "results", "no_position_saw_codes"]
+    assert report["model"] == "tiny llama" and report["no_position_saw_codes"] == ["K tq2 V bf16 64/8"]
     assert [list(result) for result in report["results"]] == [FIELDS] * 3
     assert [r["label"] for r in report["results"]][2] == "K tq2 V bf16 64/8"
     assert all(r["tokens"] == 64 for r in report["results"])
@@ -104,6 +105,7 @@ def test_a_text_within_the_exact_windows_is_told_to_say_nothing(turbomoe: Turbom
         assert (no_codes("tq2 8/16", 8, 16, tokens) in done.err.splitlines()) == told
         assert (done.json["results"][2]["mean_kl"] < 1e-7) == told, "what the note says is so"
         assert done.err.count("no position saw codes") == told
+        assert done.json.get("no_position_saw_codes") == (["tq2 8/16"] if told else None)
     assert turbomoe(*run, "--tokens", 25, "--strict").code == cli.ERROR
 
 

@@ -19,7 +19,10 @@ from turbomoe.models import load_model
 
 RUN = ("-p", "Why?", "-n", "2", "--temp", "0")
 WINDOWS = ("--kv-sink", "4", "--kv-recent", "32")
-CHECKING = "checking which KV types this model bears, once for these settings..."
+CHECKING = (
+    "checking which KV types this model bears, once for these settings, in a minute or more "
+    "(-ctk tcq4 -ctv tcq4 needs no check)..."
+)
 MIB = 1 << 20
 
 

@@ -66,14 +66,16 @@ def main(args: argparse.Namespace) -> int:
     ids = tokens_of(model, text, name, settings.ctx_size)
     if args.tokens is not None and len(ids) < args.tokens:
         board.post(Notice(f"{len(ids)} tokens are judged, not {args.tokens}", f"{name} has no more", expected=True))
-    note_exact(settings, judged, len(ids))
+    exact = note_exact(settings, judged, len(ids))
     for kv in judged:
         means(model, kv)
     with Bar("judging", unit="token") as bar:
         verdicts = compare(model, ids, judged, bar)
     if args.json:
         chosen = {} if settings.kv_choice is None else {"kv_auto": settings.kv_choice.to_json()}
-        print(json.dumps({"model": model.name, "text": name, "results": [v.to_json() for v in verdicts], **chosen}))
+        unseen = {"no_position_saw_codes": exact} if exact else {}
+        results = [verdict.to_json() for verdict in verdicts]
+        print(json.dumps({"model": model.name, "text": name, "results": results, **chosen, **unseen}))
     else:
         print(f"{model.name}, {len(ids)} tokens of {name}", file=sys.stderr)
         print(render(verdicts))
@@ -96,8 +98,11 @@ def judged_settings(specs: list[KVSettings], kv: KVSettings) -> list[KVSettings]
     return [kv] if (kv.type_k, kv.type_v) != (REFERENCE.type_k, REFERENCE.type_v) else []
 
 
-def note_exact(settings: EngineSettings, judged: list[KVSettings], tokens: int) -> None:
-    """Say so where a judgement over ``tokens`` tokens tells nothing: every position lies in the exact windows."""
+def note_exact(settings: EngineSettings, judged: list[KVSettings], tokens: int) -> list[str]:
+    """Say so where a judgement over ``tokens`` tokens tells nothing: every position lies in the exact windows.
+
+    Returns the names of these settings.
+    """
     from turbomoe.insight.divergence import label_of
     from turbomoe.insight.kv_check import first_judged
     from turbomoe.kv.cache import EXACT_TYPES
@@ -106,12 +111,12 @@ def note_exact(settings: EngineSettings, judged: list[KVSettings], tokens: int) 
     named = {label_of(kv): kv for kv in coded}
     if settings.kv_choice is not None and not coded:  # auto saw it too, and took bf16
         named = {"auto": settings.kv}
-    for name, kv in named.items():
-        first = first_judged(kv)
-        if tokens <= first:
-            why = f"the first {kv.sink} and the last {kv.recent} tokens stay exact, and {tokens} tokens are judged"
-            avoid = f"judge more than {first} tokens (--tokens N, or a longer --text)"
-            board.post(Notice(f"no position saw codes under {name}", why, avoid=avoid))
+    exact = {name: kv for name, kv in named.items() if tokens <= first_judged(kv)}
+    for name, kv in exact.items():
+        why = f"the first {kv.sink} and the last {kv.recent} tokens stay exact, and {tokens} tokens are judged"
+        avoid = f"judge more than {first_judged(kv)} tokens (--tokens N, or a longer --text)"
+        board.post(Notice(f"no position saw codes under {name}", why, avoid=avoid))
+    return list(exact)
 
 
 def tokens_of(model: LoadedModel, text: str, name: str, limit: int) -> list[int]:

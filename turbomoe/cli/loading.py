@@ -61,6 +61,12 @@ class PassLines(AbstractContextManager["PassLines"]):
         pass
 
 
+CHECKING = (
+    "checking which KV types this model bears, once for these settings, in a minute or more "
+    "(-ctk tcq4 -ctv tcq4 needs no check)"
+)
+
+
 def load(
     args: argparse.Namespace, use: Use | None = None, asked: bool | None = None
 ) -> tuple[LoadedModel, EngineSettings]:
@@ -115,7 +121,7 @@ def choose_types(model: LoadedModel, settings: EngineSettings) -> EngineSettings
 
     if not nothing_to_check(model, settings):
         means(model, widest_need(model, settings.kv))
-        print("checking which KV types this model bears, once for these settings...", file=sys.stderr, flush=True)
+        print(f"{CHECKING}...", file=sys.stderr, flush=True)
         if not sys.stderr.isatty():
             print(check_estimate(model, settings.kv), file=sys.stderr, flush=True)
     with Bar("checking", unit="token") if sys.stderr.isatty() else PassLines("checking") as progress:

@@ -40,6 +40,7 @@ from turbomoe.models.base import LoadedModel
 from turbomoe.native.library import load_core
 from turbomoe.notices import Notice, board
 
+COST = "a minute or more"  # of a check
 CODES = 2  # raised when a codec's codes or the transform before them come to mean something else
 
 
@@ -190,13 +191,13 @@ def _load(identity: str, conditions: Conditions) -> Checks:
     try:
         checks = load_checks(path, identity)
     except RecordedError as error:
-        board.post(Notice("checking the KV types again", str(error).rstrip("."), "about a minute", "delete the file"))
+        board.post(Notice("checking the KV types again", str(error).rstrip("."), f"{COST}; the file is then replaced"))
         return {}
     kept = {known: arms for known, arms in checks.items() if not known.basis or known.basis == conditions.basis}
     if not conditions.basis:
         return checks
     if len(kept) < len(checks):
-        board.post(Notice("checking the KV types again", "the means have changed", "about a minute", expected=True))
+        board.post(Notice("checking the KV types again", "the means have changed", COST, expected=True))
     return kept
 
 
