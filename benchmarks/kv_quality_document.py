@@ -102,6 +102,11 @@ def _stamp(record: Record) -> str:
     return ", ".join([record["date"], record["cpu"], *versions])
 
 
+def _noted(stamp: str, record: Record) -> str:
+    """A stamp, and what must be said of a record of which some rows were measured before the others."""
+    return f"{stamp} {record['note']}" if "note" in record else stamp
+
+
 def _trellis_section(records: Mapping[str, Record]) -> str:
     rows = []
     for record in records.values():
@@ -213,12 +218,12 @@ def _long_section() -> str:
     for record in long:
         rows = [Divergence(**row) for row in [*record["base"], *record["codecs"]]]
         stamp = f"{record['tokens']} tokens of {record['text']}. {_stamp(record)}; {record['arithmetic']}."
-        parts += [f"### {record['model']}, {record['tokens']} tokens", stamp, render(rows)]
+        parts += [f"### {record['model']}, {record['tokens']} tokens", _noted(stamp, record), render(rows)]
     for record in needles:
         rows = [_needle_row(arm, record["needles"]) for arm in record["arms"]]
         stamp = f"{record['needles']} needles in {record['tokens']} tokens, {record['model']}. {_stamp(record)}."
         heads = ["KV cache", "bits/value", "found", "mean KL", "median KL", "mean KL, second half"]
-        parts += [stamp, table(heads, rows)]
+        parts += [_noted(stamp, record), table(heads, rows)]
     return "\n\n".join([LONG, *parts]) if parts else ""
 
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from math import inf, isfinite
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from turbomoe.experts.base import Phase
 from turbomoe.files.atomic import write_bytes
 from turbomoe.insight import kv_auto, kv_check, kv_ladder
 from turbomoe.insight.kv_auto import known_kv_types, nothing_to_check, resolve_kv_types
-from turbomoe.insight.kv_check import check_ids, first_judged, measure
+from turbomoe.insight.kv_check import _error_of, check_ids, first_judged, measure
 from turbomoe.insight.kv_ladder import candidates
 from turbomoe.insight.kv_record import load_checks, record_path
 from turbomoe.insight.kv_search import ANCHOR, EXACT, LADDER, Measured
@@ -471,3 +472,12 @@ def test_every_answer_lies_between_the_candidates(forecast: Forecast, size: int)
 
 def test_the_forecast_knows_the_model_s_identity(model: LoadedModel, forecast: Forecast) -> None:
     assert forecast.identity == model.identity != ""
+
+
+def test_the_error_of_a_mean_over_chunks() -> None:
+    """Of equal chunks it is the textbook's; a larger chunk weighs as many positions as it has."""
+    means = [0.01, 0.03, 0.02, 0.08]
+    equal = [(64 * mean, 64) for mean in means]
+    assert _error_of(fmean(means), equal) == pytest.approx(stdev(means) / 2)
+    assert _error_of(0.02, [(0.02 * n, n) for n in (64, 64, 7)]) == pytest.approx(0)
+    assert _error_of(0.5, [(32.0, 64)]) == 0.0

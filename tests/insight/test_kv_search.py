@@ -212,3 +212,9 @@ def fits(pair: Pair, wish: Pair) -> bool:
 
 def rate(pair: Pair) -> float:
     return BITS[pair[0]] + BITS[pair[1]]
+
+
+@pytest.mark.parametrize(("error", "passes"), [(0.0, True), (0.0015, True), (0.0025, False), (0.02, False)])
+def test_a_pair_passes_with_two_standard_errors_to_spare(error: float, passes: bool) -> None:
+    assert Measured(0.016, OF, OF, error=error).passes(0.02) is passes
+    assert not Measured(0.016, OF, OF, failed=True, error=error).passes(0.02)

@@ -8,7 +8,8 @@ numbers are not finite.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from math import sqrt
 
 import torch
 
@@ -67,20 +68,28 @@ def check_bytes(forecast: Forecast, settings: EngineSettings, arms: Sequence[KVS
 class _Arm:
     runner: ModelRunner
     limit: float
-    total: float = 0.0
-    tokens: int = 0
+    sums: list[tuple[float, int]] = field(default_factory=list)  # of KLs, and over how many positions, by chunk
     failed: bool = False
 
     def measured(self, of: int) -> Measured:
-        return Measured(self.total / max(1, self.tokens), self.tokens, of, self.failed)
+        tokens = sum(count for _, count in self.sums)
+        mean = sum(total for total, _ in self.sums) / max(1, tokens)
+        return Measured(mean, tokens, of, self.failed, _error_of(mean, self.sums))
 
     def run(self, chunk: torch.Tensor, expected: torch.Tensor, judged: bool) -> None:
         """One chunk more, against the reference's log-probabilities ``expected``."""
         log_q = _forward(self.runner, chunk, judged)
         self.failed = not log_q.isfinite().all()
         if judged and not self.failed:
-            self.total += float(kl_divergence(expected, log_q).double().sum())
-            self.tokens += chunk.shape[1]
+            self.sums.append((float(kl_divergence(expected, log_q).double().sum()), chunk.shape[1]))
+
+
+def _error_of(mean: float, sums: list[tuple[float, int]]) -> float:
+    """The standard error of a mean over chunks, each with its sum and count; 0 for fewer than two."""
+    if len(sums) < 2:
+        return 0.0
+    squares = sum((total - count * mean) ** 2 for total, count in sums)
+    return sqrt(squares * len(sums) / (len(sums) - 1)) / sum(count for _, count in sums)
 
 
 def measure(

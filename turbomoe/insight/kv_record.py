@@ -90,7 +90,8 @@ def _check(item: dict[str, Any]) -> tuple[Conditions, dict[Pair, Measured]]:
 
 def _measured(arm: Measured) -> Measured:
     counted = 0 < arm.tokens <= arm.of or (arm.failed and 0 == arm.tokens < arm.of)
-    if not (isfinite(arm.kl) and arm.kl >= 0 and counted and isinstance(arm.failed, bool)):
+    numbers = all(isfinite(number) and number >= 0 for number in (arm.kl, arm.error))
+    if not (numbers and counted and isinstance(arm.failed, bool)):
         raise ValueError(f"no measurement: {arm}")
     return arm
 

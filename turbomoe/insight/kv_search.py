@@ -1,7 +1,8 @@
 """Which KV types cost a model no more than a budget: the search over pairs, whoever measures them.
 
 First keys and values alike, down the ladder; then, around the narrowest type that passes, narrower values and
-narrower keys. A pair passes when its mean KL is within the budget. Of all pairs that this search has tried and that
+narrower keys. A pair passes when its mean KL is within the budget, and would be if the mean were two standard errors
+more: other texts differ at least as much. Of all pairs that this search has tried and that
 pass, the one of fewest bits wins. Keys come out more than one bit above values only where narrower keys with values at
 least as wide were tried and were over the budget: then it is the keys that cannot be narrowed.
 """
@@ -21,6 +22,7 @@ EXACT = "bf16"
 ANCHOR = ("q8_0", "q8_0")
 BUDGET = 0.02  # nats a token: room for about 3 bits on the models that bear them (docs/kv-quality.md)
 OVER_ANCHOR = 1.5
+SURE = 2  # standard errors
 MOST_PASSES = 3  # of the judge: the ladder, what was given up too early, what lies around the best
 
 Pair = tuple[str, str]
@@ -30,13 +32,15 @@ Pair = tuple[str, str]
 class Measured:
     """Mean KL of a pair over the first ``tokens`` of ``of`` positions; fewer than all when it was given up.
 
-    A pair that has ``failed`` computed numbers that are not finite behind them: it is over every budget.
+    ``error`` is the standard error of the mean, by how it differs between stretches of the text. A pair that has
+    ``failed`` computed numbers that are not finite behind them: it is over every budget.
     """
 
     kl: float
     tokens: int
     of: int
     failed: bool = False
+    error: float = 0.0
 
     @property
     def at_least(self) -> float:
@@ -48,7 +52,7 @@ class Measured:
         return self.failed or self.tokens == self.of or self.at_least > limit
 
     def passes(self, limit: float) -> bool:
-        return not self.failed and self.tokens == self.of and self.kl <= limit
+        return not self.failed and self.tokens == self.of and self.kl + SURE * self.error <= limit
 
 
 # Measures pairs side by side; one whose ``at_least`` passes its limit may be given up.
