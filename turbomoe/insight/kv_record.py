@@ -20,7 +20,7 @@ from turbomoe.files.atomic import write_text
 from turbomoe.files.json_file import read_json_object
 from turbomoe.insight.kv_search import Measured, Pair
 
-FORMAT, VERSION = "turbomoe-kv-types", 2
+FORMAT, VERSION = "turbomoe-kv-types", 3
 LARGEST_FILE = 1 << 20
 MOST_CHECKS = 32  # other windows, other means: the oldest go
 
