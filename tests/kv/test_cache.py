@@ -14,6 +14,7 @@ from turbomoe.kv.codecs.plain import PlainCodec
 from turbomoe.kv.hadamard import rotate, unrotate
 from turbomoe.kv.means import KVMeans
 from turbomoe.kv.shape import AttentionShape, RecurrentShape
+from turbomoe.kv.turns import page_turns, turn
 
 HEADS, KV_HEADS, DIM = 6, 2, 64
 SCALE = DIM**-0.5
@@ -42,14 +43,22 @@ def means_of(k: torch.Tensor, v: torch.Tensor, turning: bool = False) -> KVMeans
 
 
 def key_transform(means: KVMeans, n: int, sink: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The means of ``n`` keys [kv_heads, n, dim], channel by channel as the rotary embedding turns, and scales."""
+    """The means of ``n`` keys [kv_heads, n, dim] and scales.
+
+    Channel by channel as the rotary embedding turns, in float64; what is returned agrees with that and was computed as
+    the cache does: to a trellis two paths may be equally near, and the last bit of a vector decides.
+    """
     r, mean = len(means.frequencies), means.keys[0].double()
     page_starts = sink + (torch.arange(n) - sink).clamp(min=0) // 64 * 64
     shift = mean[:, None].repeat(1, n, 1)
     for i, frequency in enumerate(means.frequencies.double().tolist()):
         wave = torch.exp(1j * frequency * page_starts.double()) * torch.complex(mean[:, None, i], mean[:, None, r + i])
         shift[..., i], shift[..., r + i] = wave.real, wave.imag
-    return shift.float(), means.scales.get(0, torch.ones(KV_HEADS, DIM))[:, None]
+    pages = (page_starts - sink) // 64
+    turned = turn(means.keys[0].float()[:, None], page_turns(means.frequencies, sink, int(pages.max()) + 1)[pages])
+    turned = turned.expand_as(shift)
+    torch.testing.assert_close(turned, shift.float(), rtol=1e-5, atol=1e-5)
+    return turned, means.scales.get(0, torch.ones(KV_HEADS, DIM))[:, None]
 
 
 def coded(
@@ -59,7 +68,7 @@ def coded(
     codec = make_codec(type_name, DIM)
     if not codec.rotated:
         return codec.decode(codec.encode(x.float()))
-    return unrotate(codec.decode(codec.encode(rotate((x.float() - shift) / scale)))) * scale + shift
+    return unrotate(codec.decode(codec.encode(rotate((x.float() - shift) * (1 / scale))))) * scale + shift
 
 
 def oracle(q, k, v, settings, sink, recent, means):
