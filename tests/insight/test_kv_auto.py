@@ -23,7 +23,7 @@ from turbomoe.insight import kv_auto, kv_check, kv_ladder
 from turbomoe.insight.kv_auto import known_kv_types, nothing_to_check, resolve_kv_types
 from turbomoe.insight.kv_check import _error_of, check_ids, first_judged, measure
 from turbomoe.insight.kv_ladder import candidates
-from turbomoe.insight.kv_record import load_checks, record_path
+from turbomoe.insight.kv_record import VERSION, load_checks, record_path
 from turbomoe.insight.kv_search import ANCHOR, EXACT, LADDER, Measured
 from turbomoe.insight.texts import judgement_text
 from turbomoe.kv.cache import KVCache
@@ -396,7 +396,9 @@ DAMAGED = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:200]),
     "another number": lambda path: path.write_bytes(path.read_bytes().replace(b'"kl": ', b'"kl": 1', 1)),
     "another model's": lambda path: path.write_text(path.read_text().replace('"identity": "', '"identity": "0')),
-    "an older version": lambda path: path.write_text(path.read_text().replace('"version": 2', '"version": 1')),
+    "an older version": lambda path: path.write_text(
+        path.read_text().replace(f'"version": {VERSION}', f'"version": {VERSION - 1}')
+    ),
 }
 
 
