@@ -110,7 +110,7 @@ def note_exact(settings: EngineSettings, judged: list[KVSettings], tokens: int) 
     coded = [kv for kv in judged if {kv.type_k, kv.type_v} - EXACT_TYPES.keys()]
     named = {label_of(kv): kv for kv in coded}
     if settings.kv_choice is not None and not coded:  # auto saw it too, and took bf16
-        named = {"auto": settings.kv}
+        named = {AUTO: settings.kv}
     exact = {name: kv for name, kv in named.items() if tokens <= first_judged(kv)}
     for name, kv in exact.items():
         why = f"the first {kv.sink} and the last {kv.recent} tokens stay exact, and {tokens} tokens are judged"

@@ -69,6 +69,11 @@ class Trellis:
         return math.lcm(32, self.step_bits) // 32
 
     @property
+    def turns(self) -> int:
+        """Batches of eight values that take turns in the same 32 bits: those of fields narrower than a nibble."""
+        return max(1, 4 // self.field)
+
+    @property
     def groups(self) -> int:
         """Windows that differ in nothing but the bits that the next step drops, or adds, are one group."""
         return 1 << self.window_bits - self.step_bits

@@ -200,9 +200,9 @@ class _Stream:
         self._known: dict[int, str] = {}
 
     def batch(self, batch: int, tap: int) -> str:
-        """What the lookups of this batch see through a tap. Where fields are less than nibbles, batches take turns."""
-        turns = max(1, 4 // self._trellis.field)
-        first, right = batch // turns, batch % turns * self._trellis.field + tap
+        """What the lookups of this batch see through a tap."""
+        first, turn = divmod(batch, self._trellis.turns)
+        right = turn * self._trellis.field + tap
         place = 32 * first + right
         if place not in self._known:
             if right <= 0:  # no lookup sees what is left of a step
@@ -221,7 +221,7 @@ class _Stream:
             word, right = divmod(steps * trellis.step_bits * index, 32)
             x = w.word(word)
             if right:
-                x = w.op("shf.r.wrap.b32", x, w.word(min(word + 1, trellis.group_words)), str(right))
+                x = w.op("shf.r.wrap.b32", x, w.word(word + 1), str(right))
             self._known[32 * index] = self._moved_apart(x, steps)
         return self._known[32 * index]
 
@@ -252,9 +252,8 @@ def _chosen(w: _Writer, stream: _Stream, batch: int, lookup: Lookup) -> str:
         found = w.op("lop3.b32", *everywhere, all_bits, "0x28")  # (a ^ b) & c
     for shift, mask in lookup.taps:
         if mask != ALL:
-            found = w.op(
-                "lop3.b32", found, stream.batch(batch, shift), w.constant(_everywhere(mask)), "0x78"
-            )  # a^(b&c)
+            seen, bits = stream.batch(batch, shift), w.constant(_everywhere(mask))
+            found = w.op("lop3.b32", found, seen, bits, "0x78")  # a ^ (b & c)
     return found
 
 

@@ -97,19 +97,16 @@ def _next_group(first, codes, rows, index, GROUPS: tl.constexpr):
 @triton.jit
 def lookup(table, KIND: tl.constexpr):
     """What the assembly looks up, int32 six times, behind the levels in ``layout.table``. Read it once."""
-    SCALAR: tl.constexpr = 4 if KIND == "tq2" else (8 if KIND == "tq3" else 16)
-    TRELLIS: tl.constexpr = 512 if KIND == "tcq2" else (2048 if KIND == "tcq2.5" else 1024)
-    if KIND == "tq2" or KIND == "tq3" or KIND == "tq4":
-        at = (table + SCALAR).to(tl.pointer_type(tl.int32))
-        return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), 0, 0
-    elif KIND == "tcq2" or KIND == "tcq3":
-        at = (table + TRELLIS).to(tl.pointer_type(tl.int32))
-        return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), 0, 0
-    elif KIND == "tcq2.5" or KIND == "tcq4":
-        at = (table + TRELLIS).to(tl.pointer_type(tl.int32))
+    SCALAR: tl.constexpr = 4 if KIND == "tq2" else (8 if KIND == "tq3" else (16 if KIND == "tq4" else 0))
+    LARGE: tl.constexpr = 2048 if KIND == "tcq2.5" else (1024 if KIND == "tcq3" or KIND == "tcq4" else 0)
+    LEVELS: tl.constexpr = 512 if KIND == "tcq2" else SCALAR + LARGE
+    if LEVELS == 0:
+        return 0, 0, 0, 0, 0, 0
+    at = (table + LEVELS).to(tl.pointer_type(tl.int32))
+    if KIND == "tcq2.5" or KIND == "tcq4":
         return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
     else:
-        return 0, 0, 0, 0, 0, 0
+        return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), 0, 0
 
 
 @triton.jit

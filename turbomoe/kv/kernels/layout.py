@@ -21,7 +21,7 @@ def step_pairs(trellis: Trellis) -> list[tuple[int, int]]:
     steps = 32 * trellis.group_words // trellis.step_bits
     if trellis.values == 2:
         return [(i, i) for i in range(steps)]
-    turns = max(1, 4 // trellis.field)
+    turns = trellis.turns
     batches = [range(first + turn, first + 8 * turns, turns) for first in range(0, steps, 8 * turns)
                for turn in range(turns)]  # fmt: skip
     return [(batch[i], batch[i + 1]) for batch in batches for i in range(0, 8, 2)]
