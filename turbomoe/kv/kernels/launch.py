@@ -16,7 +16,7 @@ from turbomoe.kv.pages import PAGE_TOKENS
 
 PROGRAMS_PER_SM = 3
 EARLY = True
-BLOCK, COLUMNS = 64, 64  # parts that are merged at a time, and columns of a program that does
+BLOCK, COLUMNS = 64, 32  # parts that are merged at a time, and columns of a program that does
 WARPS, REGISTERS = 4, 168  # registers a thread so that three programs fit an SM
 STAGES = 3  # of the compiler's prefetching, for what the kernel does not read ahead itself
 COMPILER_READ = {"bf16", "f16", "f32", "q8_0"}
@@ -75,7 +75,7 @@ def attend_one(
         query, turned, factors, offsets, signs, mean_k, signs if keys.scale is None else keys.scale,
         signs if keys.turns is None else keys.turns, scale, query.stride(0), query.stride(1), capacity, **shape,
         ROTATED=keys.rotated, HAS_MEAN=keys.mean is not None, HAS_SPREAD=keys.scale is not None, PAIRS=pairs,
-        HALF=triton.next_power_of_2(max(pairs, 1)), num_warps=1,
+        HALF=triton.next_power_of_2(max(pairs, 1)), EARLY=early, num_warps=1,
     )  # fmt: skip
     behind = -1 if paged else NEVER if keys.codec is None else keys.sink + keys.recent
     stages = 1 if COMPILER_READ.isdisjoint((kind_of(keys), kind_of(values))) else STAGES
