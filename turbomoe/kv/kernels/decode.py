@@ -18,11 +18,22 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from turbomoe.kv.kernels.codes import decoded, lookup, row_order, vectors, words
+from turbomoe.kv.kernels.codes import (
+    OFFSETS,
+    UNIT,
+    are_bytes,
+    decoded,
+    lookup,
+    offset_of_bytes,
+    row_order,
+    vectors,
+    words,
+)
 
 PAGE = tl.constexpr(64)
 QUERIES = tl.constexpr(16)  # the queries of a KV head, filled up
 LOG2E = tl.constexpr(1.4426950408889634)
+LARGEST_QUERY = tl.constexpr(127 * 128)  # of one in two bytes
 SMALLEST_SCALE = tl.constexpr(2.0**-24)  # of fp16; a scale of 0 is cut to it and its weight to 0
 
 
@@ -38,12 +49,17 @@ def butterflies(x, D: tl.constexpr):
 
 @triton.jit
 def prepare(
-    query, turned, factors, offsets, signs, mean, spread, turns, scale, query_stride_b, query_stride_h, pages_per_slot,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, ROTATED: tl.constexpr, HAS_MEAN: tl.constexpr,
-    HAS_SPREAD: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, EARLY: tl.constexpr,
+    query, turned, factors, lifts, offsets, columns, signs, mean, spread, turns, scale, query_stride_b,
+    query_stride_h, pages_per_slot,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, K_KIND: tl.constexpr, ROTATED: tl.constexpr,
+    HAS_MEAN: tl.constexpr, HAS_SPREAD: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * HEADS, 1 + blocks of 16 pages). The first column turns a query: float16 ``turned`` of largest
-    magnitude 1, and its factor. The others find its scores with the means of 16 pages each (``turns.page_scores``).
+    magnitude 1, its dims in these columns, and its factor. The others find its scores with the means of 16 pages each
+    (``turns.page_scores``).
+
+    For keys in bytes a query is integers up to LARGEST_QUERY: int8 ``turned`` [B * HEADS, 2, D], multiples of 128 and
+    the rest; and ``lifts`` int32 is what the keys' offset adds to its scores.
 
     PAIRS channels turn with as many others; HALF is the power of two that holds them.
     """
@@ -61,8 +77,17 @@ def prepare(
             x = butterflies(x * tl.load(signs + d), D)
         top = tl.max(tl.abs(x), 0)
         safe = tl.where(top > 0, top, 1.0)
-        tl.store(turned + row * D + d, (x / safe).to(tl.float16))
-        tl.store(factors + row, safe * scale * LOG2E)
+        column = tl.load(columns + d)
+        if are_bytes(K_KIND, OFFSETS):
+            whole = tl.floor(x / safe * LARGEST_QUERY + 0.5).to(tl.int32)
+            high = (whole + 64) >> 7
+            tl.store(turned + 2 * row * D + column, high.to(tl.int8))
+            tl.store(turned + (2 * row + 1) * D + column, (whole - high * 128).to(tl.int8))
+            tl.store(lifts + row, tl.sum(whole, 0) * offset_of_bytes(K_KIND, OFFSETS))
+            tl.store(factors + row, safe * scale * (LOG2E * UNIT / LARGEST_QUERY))
+        else:
+            tl.store(turned + row * D + column, (x / safe).to(tl.float16))
+            tl.store(factors + row, safe * scale * LOG2E)
     elif HAS_MEAN:
         page = (tl.program_id(1) - 1) * 16 + tl.arange(0, 16)
         still = tl.sum(tl.where(d >= 2 * PAIRS, x * tl.load(mean + head * D + d), 0.0), 0)
@@ -147,8 +172,25 @@ def _scales(scales, page, h, KV_HEADS: tl.constexpr, SCALED: tl.constexpr):
 
 
 @triton.jit
+def _queries(turned, first_row, column, GROUP: tl.constexpr, D: tl.constexpr, BYTES: tl.constexpr):
+    """These columns of the queries of a KV head: [QUERIES, part]; of two bytes int8 [2 * QUERIES, part]."""
+    q = tl.arange(0, QUERIES * (2 if BYTES else 1))
+    row, mine = first_row + q % QUERIES, q % QUERIES < GROUP
+    if BYTES:
+        row = 2 * row + q // QUERIES
+    return tl.load(turned + row[:, None] * D + column[None, :], mask=mine[:, None], other=0)
+
+
+@triton.jit
+def _summed(products, lift):
+    """int32 products [64, 2 * QUERIES] of both bytes of queries, with the offset of keys: float32 [64, QUERIES]."""
+    high, low = tl.split(tl.permute(tl.reshape(products, (PAGE, 2, QUERIES)), (0, 2, 1)))
+    return (high * 128 + low + lift[None, :]).to(tl.float32)
+
+
+@triton.jit
 def _scores(queries, k, EXACT: tl.constexpr, PRECISION: tl.constexpr):
-    """float32 [64, QUERIES] of queries [QUERIES, part] and keys [64, part]."""
+    """float32 [64, QUERIES] of queries [QUERIES, part] and keys [64, part]; int32 [64, 2 * QUERIES] of bytes."""
     if EXACT:
         # Queries first, too few of them for wgmma: handed a loaded tile, that reads beyond it (triton 3.6, sm_90).
         return tl.trans(tl.dot(queries, tl.trans(k), input_precision=PRECISION))
@@ -225,7 +267,7 @@ def _leave_values(part_far, part, total, far, first, D: tl.constexpr):
 
 @triton.jit
 def _pages(
-    turned, factors, offsets, starts, pages, k_codes, k_scales, k_dims, k_table, v_codes, v_scales, v_dims,
+    turned, factors, lifts, offsets, starts, pages, k_codes, k_scales, k_dims, k_table, v_codes, v_scales, v_dims,
     v_table, part_top, part_total, part_far, split, part, b, h, pages_per_slot,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BEHIND: tl.constexpr,
     K_KIND: tl.constexpr, V_KIND: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, HAS_MEAN: tl.constexpr,
@@ -250,6 +292,7 @@ def _pages(
     K_EXACT: tl.constexpr = K_KIND == "bf16" or K_KIND == "f16" or K_KIND == "f32"
     V_SCALED: tl.constexpr = not V_EXACT and V_KIND != "q8_0"
     K_SCALED: tl.constexpr = not K_EXACT and K_KIND != "q8_0"
+    K_BYTES: tl.constexpr = are_bytes(K_KIND, OFFSETS)
     K_AHEAD: tl.constexpr = ASM and K_SCALED
     V_AHEAD: tl.constexpr = ASM and V_SCALED
     k_tables, v_tables = lookup(k_table, K_KIND), lookup(v_table, V_KIND)
@@ -271,12 +314,13 @@ def _pages(
     far = tl.zeros((PART, QUERIES), tl.float32)
     if EARLY:
         gdc_wait()
-    queries = tl.load(turned + row[:, None] * D + k_order[None, :], mask=mine[:, None], other=0.0)
+    queries = _queries(turned, b * HEADS + h * GROUP, part_of, GROUP, D, K_BYTES)
     if K_EXACT:
         queries = queries.to(k_codes.dtype.element_ty if ASM else tl.float32)
     if CHUNKS == 2:
-        queries_2 = tl.load(turned + row[:, None] * D + k_order_2[None, :], mask=mine[:, None], other=0.0)
-        queries_2 = queries_2.to(queries.dtype)
+        queries_2 = _queries(turned, b * HEADS + h * GROUP, PART + part_of, GROUP, D, K_BYTES).to(queries.dtype)
+    if K_BYTES:
+        lift = tl.load(lifts + row, mask=mine, other=0)
     factor = tl.load(factors + row, mask=mine, other=0.0)
     offset = _offset(offsets, row, mine, first, pages_per_slot, HAS_MEAN)
     for tile in tl.range(first, last, num_stages=STAGES):
@@ -303,6 +347,8 @@ def _pages(
                 True, K_AHEAD, ASM,
             )  # fmt: skip
             scores += _scores(queries_2, k, K_EXACT, PRECISION)
+        if K_BYTES:
+            scores = _summed(scores, lift)
         scores = scores * factor[None, :]
         if K_SCALED:
             scores = scores * k_scale.to(tl.float32)[:, None]
@@ -390,7 +436,7 @@ def _windows(
 
 @triton.jit
 def attend(
-    query, turned, factors, offsets, starts, slots, pages,
+    query, turned, factors, lifts, offsets, starts, slots, pages,
     k_codes, k_scales, k_dims, k_table, k_sinks, k_ring, k_fresh,
     v_codes, v_scales, v_dims, v_table, v_sinks, v_ring, v_fresh,
     part_top, part_total, part_far, scale, pages_per_slot, query_stride_b, query_stride_h,
@@ -404,7 +450,7 @@ def attend(
     part = tl.program_id(1) * (SPLITS + WINDOWS) + index
     if index < SPLITS:
         _pages(
-            turned, factors, offsets, starts, pages, k_codes, k_scales, k_dims, k_table, v_codes, v_scales,
+            turned, factors, lifts, offsets, starts, pages, k_codes, k_scales, k_dims, k_table, v_codes, v_scales,
             v_dims, v_table, part_top, part_total, part_far, index, part, b, h, pages_per_slot,
             HEADS, KV_HEADS, GROUP, D, BEHIND, K_KIND, V_KIND, K_WIDTH, V_WIDTH, HAS_MEAN, SPLITS, SPLITS + WINDOWS,
             CHUNKS, STAGES, EARLY, ASM, PRECISION,
