@@ -65,6 +65,7 @@ def _rounded(x: npt.NDArray[np.float64]) -> Words:
 _OPERATIONS = {
     "mov.b32": lambda a: a,
     "and.b32": lambda a, b: a & b,
+    "xor.b32": lambda a, b: a ^ b,
     "shr.b32": lambda a, b: a >> b,
     "shl.b32": lambda a, b: a << b,
     "sub.s32": lambda a, b: a - b,

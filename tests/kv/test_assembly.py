@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
 from tests.kv import ptx
+from tests.kv.ptx import Words
 from turbomoe.kv.codecs import make_codec
-from turbomoe.kv.kernels.layout import SCALAR_BITS, block, column_dims, step_pairs, table
-from turbomoe.kv.trellis_codebook import TRELLISES, codebook
+from turbomoe.kv.kernels.layout import SCALAR_BITS, block, column_dims, table, value_pairs
+from turbomoe.kv.kernels.plane_assembly import level_tables, planes
+from turbomoe.kv.trellis_codebook import TRELLISES, UNIT, Trellis, codebook
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
@@ -37,20 +42,57 @@ def test_scalar_codes_find_their_levels(name: str, dim: int) -> None:
     assert np.array_equal(found, expected)
 
 
+def read_word_by_word(words: Words, trellis: Trellis, step: int) -> npt.NDArray[np.int64]:
+    """The window of a step in a group and the words after it: [group_words + 1, n]."""
+    bits = sum(word << 32 * i for i, word in enumerate(words.astype(object)))
+    found: npt.NDArray[np.int64] = (bits >> step * trellis.step_bits & (trellis.states - 1)).astype(np.int64)
+    return found
+
+
+def read_plane_by_plane(words: Words, trellis: Trellis, step: int) -> npt.NDArray[np.int64]:
+    """As above, of the planes of two groups: [2 * group_words, n]."""
+    pairs = zip(words[: trellis.step_bits], words[trellis.step_bits :], strict=True)
+    both = [one.astype(np.int64) | following.astype(np.int64) << 32 for one, following in pairs]
+    bits = [plane >> step + i & 1 for i in (0, 1) for plane in both]
+    return np.sum([bit << place for place, bit in enumerate(bits)], 0)
+
+
 @pytest.mark.parametrize("name", TRELLISES)
 def test_trellis_windows_find_their_values(name: str) -> None:
-    """Random streams: the values that the table has for every window of a group, in the lanes of ``step_pairs``."""
+    """Random streams: the values that the table has for every window of a group, in the lanes of ``value_pairs``."""
     trellis = TRELLISES[name]
-    words = np.random.default_rng(1).integers(0, 1 << 32, (trellis.group_words + 1, 3000), dtype=np.uint32)
+    read, count = (read_plane_by_plane, 10) if name == "tcq2.5" else (read_word_by_word, trellis.group_words + 1)
+    words = np.random.default_rng(1).integers(0, 1 << 32, (count, 3000), dtype=np.uint32)
     held = table(name)[trellis.values * trellis.states :].numpy().view(np.uint32)
-    registers = ptx.run(block(name), [*words, *(np.full(3000, each) for each in held)])
-    values_of, stream = codebook(trellis).double().numpy(), words.astype(object)
-    bits = sum(word << 32 * i for i, word in enumerate(stream))
-    seen = set()
-    for register, steps in zip(registers, step_pairs(trellis), strict=True):
-        for lane, step in enumerate(steps):
-            window = (bits >> step * trellis.step_bits & (trellis.states - 1)).astype(np.int64)
-            values = values_of[lane if trellis.values == 2 else 0, window]
-            assert np.array_equal(ptx.halves(register)[:, lane], values)
+    made = block(name)
+    registers = ptx.run(made, [*words, *(np.full(3000, each) for each in held[: made.inputs - count])])
+    values_of, seen, read = (
+        codebook(trellis).double().numpy(),
+        set(),
+        read_plane_by_plane if planes else read_word_by_word,
+    )
+    pairs = value_pairs(trellis)
+    assert sorted(itertools.chain(*pairs)) == list(
+        range(32 * trellis.group_words * trellis.values // trellis.step_bits)
+    )
+    for register, pair in zip(registers, pairs, strict=True):
+        for lane, place in enumerate(pair):
+            step, value = divmod(place, trellis.values)
+            window = read(words, trellis, step)
+            assert np.array_equal(ptx.halves(register)[:, lane], values_of[value, window])
             seen.update(window.tolist())
     assert len(seen) == trellis.states
+
+
+def test_signed_bytes_are_the_values() -> None:
+    """Four a register: two neighbouring pairs of the halves."""
+    trellis = TRELLISES["tcq2.5"]
+    words = np.random.default_rng(2).integers(0, 1 << 32, (10, 3000), dtype=np.uint32)
+    low, high, whole = np.frombuffer(level_tables(trellis), np.uint32).reshape(3, 2)
+    tables = [[np.full(3000, each) for each in table] for table in (low, high, whole)]
+    halves = ptx.run(planes(trellis), [*words, *tables[0], *tables[1]])
+    signed = ptx.run(planes(trellis, as_bytes=True), [*words, *tables[2]])
+    assert len(halves) == 2 * len(signed)
+    for number, register in enumerate(signed):
+        values = (2.0 * register.view(np.int8).reshape(-1, 4) + 1) * UNIT / 2
+        assert np.array_equal(values, np.concatenate([ptx.halves(each) for each in halves[2 * number :][:2]], 1))

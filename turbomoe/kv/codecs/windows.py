@@ -1,11 +1,12 @@
 """The circular bit stream of a trellis code: steps packed into bytes, and its windows read two values at a time.
 
 Step i adds bits [step_bits * i, step_bits * (i + 1)), the lowest of its window: packing need not know of windows.
-The stream's 32-bit words are stored plane by plane (``to_planes``).
+The stream's 32-bit words are stored plane by plane (``to_planes``), or the bits of its steps are.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,30 +18,54 @@ from turbomoe.kv.trellis_codebook import Trellis, codebook
 def pack_steps(symbols: torch.Tensor, bits: int) -> torch.Tensor:
     """Symbols [..., steps] below ``2**bits`` into uint8 [..., steps * bits / 8], the lowest bits first."""
     each = symbols.unsqueeze(-1) >> torch.arange(bits, device=symbols.device) & 1
-    octets = each.flatten(-2).unflatten(-1, (-1, 8))
-    packed: torch.Tensor = (octets << torch.arange(8, device=symbols.device)).sum(-1).to(torch.uint8)
+    return _octets(each.flatten(-2))
+
+
+def _octets(bits: torch.Tensor) -> torch.Tensor:
+    """Bits [..., n] as uint8 [..., n / 8], the lowest first."""
+    packed: torch.Tensor = (bits.unflatten(-1, (-1, 8)) << torch.arange(8, device=bits.device)).sum(-1).to(torch.uint8)
     return packed
 
 
-def to_planes(stream: torch.Tensor, words: int) -> torch.Tensor:
-    """Bytes [..., bytes] as they are stored: of every group of ``words`` 32-bit words all first ones, all second
+def to_planes(stream: torch.Tensor, trellis: Trellis) -> torch.Tensor:
+    """Bytes [..., bytes] as they are stored: of every group of ``group_words`` 32-bit words all first ones, all second
     ones...
 
-    A group holds whole steps, so equal words of all groups are cut alike, and a GPU reads them as one run. A stream
-    that is no whole number of groups is stored as it is.
+    A group holds whole steps, so equal words of all groups are cut alike, and a GPU reads them as one run. Where a
+    group's bits lie in planes, its first word has the first bit of each of its 32 steps, from the lowest bit on, and so
+    forth. A stream that is no whole number of groups is stored as it is.
     """
+    words = trellis.group_words
     if words == 1 or stream.shape[-1] % (4 * words):
         return stream
+    if trellis.magnitudes is not None:
+        bits = stream.unsqueeze(-1) >> torch.arange(8, device=stream.device) & 1
+        stream = _octets(bits.flatten(-2).unflatten(-1, (-1, 32, words)).transpose(-1, -2).flatten(-3))
     planes: torch.Tensor = stream.unflatten(-1, (-1, words, 4)).transpose(-3, -2).flatten(-3)
     return planes
 
 
-def from_planes(codes: torch.Tensor, words: int) -> torch.Tensor:
+def from_planes(codes: torch.Tensor, trellis: Trellis) -> torch.Tensor:
     """The stream that ``to_planes`` stored."""
+    words = trellis.group_words
     if words == 1 or codes.shape[-1] % (4 * words):
         return codes
-    stream: torch.Tensor = codes.unflatten(-1, (words, -1, 4)).transpose(-3, -2).flatten(-3)
+    planes = codes.unflatten(-1, (words, -1, 4))
+    if trellis.magnitudes is not None:
+        # Eight steps at a time: their bits of each plane are moved apart, and lie in whole bytes together.
+        apart = _bits_apart(words, str(codes.device))
+        each = [apart[plane.int()] << place for place, plane in enumerate(planes.flatten(-2).unbind(-2))]
+        steps = functools.reduce(torch.bitwise_or, each)
+        return steps.unsqueeze(-1).view(torch.uint8)[..., :words].flatten(-2)
+    stream: torch.Tensor = planes.transpose(-3, -2).flatten(-3)
     return stream
+
+
+@lru_cache(maxsize=32)
+def _bits_apart(distance: int, device: str) -> torch.Tensor:
+    """Of every byte its bits ``distance`` apart: int64 [256]."""
+    places = torch.arange(8)
+    return ((torch.arange(256)[:, None] >> places & 1) << places * distance).sum(-1).to(device)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def half2(value: float) -> str:
     return f"0x{bits:04x}{bits:04x}"
 
 
-class _Writer:
+class Writer:
     """Lines of PTX with scratch registers named on demand."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -69,7 +69,7 @@ class _Writer:
         return Block("{\n" + "\n".join([registers, *constants, *self._lines]) + "\n}", self.inputs, self.outputs)
 
 
-def _masked(w: _Writer, word: str, mask: str, base: str) -> str:
+def _masked(w: Writer, word: str, mask: str, base: str) -> str:
     """(word & mask) | base, in one instruction.
 
     Written out: left alone, the assembler makes two of it, each with a constant inside, and this pipe is half as wide.
@@ -77,7 +77,7 @@ def _masked(w: _Writer, word: str, mask: str, base: str) -> str:
     return w.op("lop3.b32", word, w.constant(mask), base, "0xea")
 
 
-def _shifted(w: _Writer, word: str, right: int) -> str:
+def _shifted(w: Writer, word: str, right: int) -> str:
     if right == 0:
         return word
     return w.op("shr.b32", word, str(right)) if right > 0 else w.op("shl.b32", word, str(-right))
@@ -103,7 +103,7 @@ def scalar(bits: int) -> Block:
     """
     words = 2 if bits == 3 else 1
     each = 1 if bits == 2 else 2
-    w = _Writer(words + 2 * each, 4 if bits == 4 else 8)
+    w = Writer(words + 2 * each, 4 if bits == 4 else 8)
     low, high = ([w.word(words + side * each + i) for i in (0, each - 1)] for side in (0, 1))
     if bits == 4:
         _sixteen(w, low, high)
@@ -112,12 +112,12 @@ def scalar(bits: int) -> Block:
     return w.block()
 
 
-def _bytes_of(w: _Writer, low: list[str], high: list[str], chosen: str) -> tuple[str, str]:
+def _bytes_of(w: Writer, low: list[str], high: list[str], chosen: str) -> tuple[str, str]:
     """The low and the high bytes of the levels that the lowest four nibbles choose."""
     return w.op("prmt.b32", *low, chosen), w.op("prmt.b32", *high, chosen)
 
 
-def _up_to_eight(w: _Writer, bits: int, low: list[str], high: list[str]) -> None:
+def _up_to_eight(w: Writer, bits: int, low: list[str], high: list[str]) -> None:
     """Nibble n of ``chosen`` is the code at bits j or j + 2 of byte n // 2, so half of it serves two bytes."""
     for j in (0, 1):
         chosen = w.op("and.b32", _shifted(w, w.word(0), 2 * j), w.constant("0x33333333"))
@@ -129,7 +129,7 @@ def _up_to_eight(w: _Writer, bits: int, low: list[str], high: list[str]) -> None
                 w.op("prmt.b32", *found, _BYTES[k], to=f"${2 * (j + 2 * k) + half}")
 
 
-def _sixteen(w: _Writer, low: list[str], high: list[str]) -> None:
+def _sixteen(w: Writer, low: list[str], high: list[str]) -> None:
     """A code's place among the positive levels is code - 8, or 7 - code if it is less than 8."""
     word = w.word(0)
     top = w.op("and.b32", word, w.constant("0x88888888"))
@@ -149,13 +149,8 @@ _BYTES = ("0x6240", "0x7351")  # of low and high bytes the first and third, or t
 
 
 def level_tables(trellis: Trellis) -> bytes:
-    """What ``trellis`` looks up, 8 bytes each: the levels of a table, counted from its lowest; behind the first, where
-    some of its levels shut out the others', which do not.
-    """
-    tables = [bytes(level - min(lookup.levels) for level in lookup.levels) for lookup in trellis.lookups]
-    if trellis.gate != 0xFF:
-        tables.insert(1, bytes(0xFF * (trellis.gate >> i & 1) for i in range(8)))
-    return b"".join(tables)
+    """What ``trellis`` looks up, 8 bytes each: the levels of a table, counted from its lowest."""
+    return b"".join(bytes(level - min(lookup.levels) for level in lookup.levels) for lookup in trellis.lookups)
 
 
 def trellis(trellis: Trellis) -> Block:
@@ -165,8 +160,8 @@ def trellis(trellis: Trellis) -> Block:
     none carries; joined with 0x64 they are the halves 1024 + byte.
     """
     words, size = trellis.group_words, len(level_tables(trellis)) // 4
-    batches = 4 * words * trellis.values // trellis.step_bits
-    w = _Writer(words + 1 + size, 4 * batches)
+    batches = 4 * words // trellis.step_bits
+    w = Writer(words + 1 + size, 4 * batches)
     tables = [[w.word(words + 1 + i), w.word(words + 2 + i)] for i in range(0, size, 2)]
     stream = _Stream(w, trellis)
     base = 1024 - sum(min(lookup.levels) for lookup in trellis.lookups)
@@ -175,27 +170,18 @@ def trellis(trellis: Trellis) -> Block:
         chosen = [_chosen(w, stream, batch, lookup) for lookup in trellis.lookups]
         for half in (0, 1):
             here = [_shifted(w, index, 16 * half) for index in chosen]
-            total = _sum_of_levels(w, tables, here, gated=trellis.gate != 0xFF)
+            found = [w.op("prmt.b32", *table, index) for table, index in zip(tables, here, strict=True)]
+            total = functools.reduce(lambda a, b: w.op("add.u32", a, b), found)
             for k, bytes_ in enumerate(("0x4140", "0x4342")):
                 number = w.op("prmt.b32", total, w.constant("0x64646464"), bytes_)
                 w.op("fma.rn.f16x2", number, unit, shift, to=f"${4 * batch + 2 * half + k}")
     return w.block()
 
 
-def _sum_of_levels(w: _Writer, tables: list[list[str]], chosen: list[str], gated: bool) -> str:
-    """Four bytes: what the lowest four nibbles of each of ``chosen`` find."""
-    if gated:
-        chosen = [chosen[0], *chosen]
-    found = [w.op("prmt.b32", *table, index) for table, index in zip(tables, chosen, strict=True)]
-    if gated:
-        found = [found[0], *(w.op("and.b32", levels, found[1]) for levels in found[2:])]
-    return functools.reduce(lambda a, b: w.op("add.u32", a, b), found)
-
-
 class _Stream:
     """The bits of a group of words with steps ``field`` bits apart, 32 at a time from any place on."""
 
-    def __init__(self, w: _Writer, trellis: Trellis) -> None:
+    def __init__(self, w: Writer, trellis: Trellis) -> None:
         self._w, self._trellis = w, trellis
         self._known: dict[int, str] = {}
 
@@ -239,7 +225,7 @@ class _Stream:
         return x
 
 
-def _chosen(w: _Writer, stream: _Stream, batch: int, lookup: Lookup) -> str:
+def _chosen(w: Writer, stream: _Stream, batch: int, lookup: Lookup) -> str:
     """Three bits in each nibble."""
     everywhere = [stream.batch(batch, shift) for shift, mask in lookup.taps if mask == ALL]
     if lookup.function is not None or len(everywhere) > 2:

@@ -72,7 +72,7 @@ def _arranged(x, G: tl.constexpr, FOR_SCORES: tl.constexpr):
 
 @triton.jit
 def _next_group(first, codes, rows, index, GROUPS: tl.constexpr):
-    """For each group of ``index`` the first word of the group after it, of GROUPS in a ring: like ``first``, its own.
+    """For each group of ``index`` the word of the group after it, of GROUPS in a ring, that is like ``first``, its own.
 
     Read in aligned runs, as ``first`` is: a load one word off would be split, and come in another layout.
     """
@@ -103,7 +103,7 @@ def lookup(table, KIND: tl.constexpr):
     if LEVELS == 0:
         return 0, 0, 0, 0, 0, 0
     at = (table + LEVELS).to(tl.pointer_type(tl.int32))
-    if KIND == "tcq2.5" or KIND == "tcq4":
+    if KIND == "tcq4":
         return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
     else:
         return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), 0, 0
@@ -131,9 +131,13 @@ def words(codes, rows, D: tl.constexpr, KIND: tl.constexpr, CHUNK: tl.constexpr,
         if KIND == "tcq3":
             return first, _word(codes, rows, G * CHUNKS + index), _word(codes, rows, 2 * GROUPS + index), following
         elif KIND == "tcq2.5":
-            second, third = _word(codes, rows, GROUPS + index), _word(codes, rows, 2 * GROUPS + index)
-            fourth, fifth = _word(codes, rows, 3 * GROUPS + index), _word(codes, rows, 4 * GROUPS + index)
-            return first, second, third, fourth, fifth, following
+            # Planes of bits: each is followed by the same one of the next group.
+            planes, after = (first,), (following,)
+            for plane in tl.static_range(1, 5):
+                place = codes + 4 * GROUPS * plane
+                planes += (_word(place, rows, index),)
+                after += (_next_group(planes[plane], place, rows, index, GROUPS),)
+            return planes + after
         else:
             return first, following
 
@@ -186,8 +190,8 @@ def _registers(group, tables, KIND: tl.constexpr):
         ) = tl.inline_asm_elementwise(
             TCQ25_TEXT, TCQ25_REGISTERS,
             [
-                group[0], group[1], group[2], group[3], group[4], group[5], tables[0], tables[1], tables[2], tables[3],
-                tables[4], tables[5],
+                group[0], group[1], group[2], group[3], group[4], group[5], group[6], group[7], group[8], group[9],
+                tables[0], tables[1], tables[2], tables[3],
             ],
             dtype=(tl.int32,) * 32, is_pure=True, pack=1,
         )  # fmt: skip
@@ -200,6 +204,33 @@ def _registers(group, tables, KIND: tl.constexpr):
 def decoded(group, tables, KIND: tl.constexpr, FOR_SCORES: tl.constexpr):
     """float16 [64, D / CHUNKS] of ``words`` and ``lookup``: what ``vectors`` returns."""
     return _in_row_order(_arranged(_registers(group, tables, KIND), group[0].shape[1], FOR_SCORES))
+
+
+@triton.jit
+def _window(codes, rows, step, D: tl.constexpr, KIND: tl.constexpr):
+    """The windows int32 [N, W] of these steps, of one value each."""
+    WINDOW: tl.constexpr = 9 if KIND == "tcq2" else 10
+    STEP: tl.constexpr = 2 if KIND == "tcq2" else (3 if KIND == "tcq3" else 4)
+    WORDS_: tl.constexpr = D * STEP // 32
+    # Word n of the stream lies in plane n % PLANES.
+    PLANES: tl.constexpr = 3 if KIND == "tcq3" else 1
+    bit = step * STEP
+    n, m = bit // 32, (bit // 32 + 1) % WORDS_
+    low = _word(codes, rows, n % PLANES * (WORDS_ // PLANES) + n // PLANES).to(tl.int64) & 0xFFFFFFFF
+    high = _word(codes, rows, m % PLANES * (WORDS_ // PLANES) + m // PLANES).to(tl.int64) << 32
+    return (((low | high) >> (bit % 32).to(tl.int64)[None, :]) & ((1 << WINDOW) - 1)).to(tl.int32)
+
+
+@triton.jit
+def _window_in_planes(codes, rows, step, D: tl.constexpr):
+    """The windows int32 [N, W] of these steps of tcq2.5: five bits of each, then five of the step after it."""
+    after = (step + 1) % (D // 2)
+    code = tl.zeros((rows.shape[0], step.shape[0]), tl.int32)
+    for plane in tl.static_range(5):
+        first = plane * (D // 64)
+        code |= ((_word(codes, rows, first + step // 32) >> (step % 32)[None, :]) & 1) << plane
+        code |= ((_word(codes, rows, first + after // 32) >> (after % 32)[None, :]) & 1) << (5 + plane)
+    return code
 
 
 @triton.jit
@@ -216,18 +247,9 @@ def _looked_up(codes, rows, dims, table, D: tl.constexpr, KIND: tl.constexpr):
         low = (byte >> (dims // (D // 4) * 2)[None, :]) & 3
         code = low | (((high >> (dims // (D // 8))[None, :]) & 1) << 2)
     else:
-        WINDOW: tl.constexpr = 9 if KIND == "tcq2" else 10
-        STEP: tl.constexpr = 2 if KIND == "tcq2" else (3 if KIND == "tcq3" else (4 if KIND == "tcq4" else 5))
-        VALUES: tl.constexpr = 2 if KIND == "tcq2.5" else 1
-        bit = dims // VALUES * STEP
-        WORDS_: tl.constexpr = D // VALUES * STEP // 32
-        # Word n of the stream lies in plane n % PLANES.
-        PLANES: tl.constexpr = 3 if KIND == "tcq3" else (5 if KIND == "tcq2.5" else 1)
-        n, m = bit // 32, (bit // 32 + 1) % WORDS_
-        low = _word(codes, rows, n % PLANES * (WORDS_ // PLANES) + n // PLANES).to(tl.int64) & 0xFFFFFFFF
-        high = _word(codes, rows, m % PLANES * (WORDS_ // PLANES) + m // PLANES).to(tl.int64) << 32
-        code = (((low | high) >> (bit % 32).to(tl.int64)[None, :]) & ((1 << WINDOW) - 1)).to(tl.int32)
-        code = code + (dims % VALUES << WINDOW)[None, :]
+        code = _window_in_planes(codes, rows, dims // 2, D) if KIND == "tcq2.5" else _window(codes, rows, dims, D, KIND)
+        if KIND == "tcq2.5":
+            code = code + (dims % 2 << 10)[None, :]
     return tl.load(table + code)
 
 

@@ -1,6 +1,7 @@
 """How the decoding kernels lay a vector out: which codes share a register, and which dim stands in which column.
 
-Read with ``assembly.py``, which decodes a group of words, and ``codes.py``, which moves the registers into a tile.
+Read with ``assembly.py`` and ``plane_assembly.py``, which decode a group of words, and ``codes.py``, which moves the
+registers into a tile.
 """
 
 from __future__ import annotations
@@ -10,18 +11,17 @@ import functools
 import torch
 
 from turbomoe.kv.codebooks import levels
-from turbomoe.kv.kernels import assembly
+from turbomoe.kv.kernels import assembly, plane_assembly
 from turbomoe.kv.trellis_codebook import TRELLISES, Trellis, codebook
 
 SCALAR_BITS = {"tq2": 2, "tq3": 3, "tq4": 4}
 
 
-def step_pairs(trellis: Trellis) -> list[tuple[int, int]]:
-    """The steps of a group of words that share a register: neighbours in a batch of eight values."""
-    steps = 32 * trellis.group_words // trellis.step_bits
-    if trellis.values == 2:
-        return [(i, i) for i in range(steps)]
-    turns = trellis.turns
+def value_pairs(trellis: Trellis) -> list[tuple[int, int]]:
+    """The values of a group of words that share a register: neighbours in a batch of eight, or as planes have them."""
+    if trellis.magnitudes is not None:
+        return plane_assembly.pairs(trellis)
+    steps, turns = 32 * trellis.group_words // trellis.step_bits, trellis.turns
     batches = [range(first + turn, first + 8 * turns, turns) for first in range(0, steps, 8 * turns)
                for turn in range(turns)]  # fmt: skip
     return [(batch[i], batch[i + 1]) for batch in batches for i in range(0, 8, 2)]
@@ -31,14 +31,14 @@ def block(name: str) -> assembly.Block:
     """The assembly that decodes a group of words of this codec."""
     if name in SCALAR_BITS:
         return assembly.scalar(SCALAR_BITS[name])
-    return assembly.trellis(TRELLISES[name])
+    trellis = TRELLISES[name]
+    return assembly.trellis(trellis) if trellis.magnitudes is None else plane_assembly.planes(trellis)
 
 
 def _group_dims(name: str, head_dim: int) -> torch.Tensor:
     """int64 [registers, 2]: the dims of the first group, by register and lane."""
     if name in TRELLISES:
-        pairs = torch.tensor(step_pairs(TRELLISES[name]))
-        return pairs if TRELLISES[name].values == 1 else 2 * pairs + torch.tensor([0, 1])
+        return torch.tensor(value_pairs(TRELLISES[name]))
     # Register 2 j + i holds codes j of two bytes: i and i + 2 of four bits, else 2 i and 2 i + 1.
     runs = 2 if name == "tq4" else 4
     register = torch.arange(2 * runs)[:, None]
@@ -94,7 +94,10 @@ def table(name: str, device: str = "cpu") -> torch.Tensor:
     Levels are a trellis codebook, by value and window, or those of a scalar codec, by code.
     """
     if name in TRELLISES:
-        known, bytes_ = codebook(TRELLISES[name]).flatten().half(), assembly.level_tables(TRELLISES[name])
+        trellis = TRELLISES[name]
+        in_planes = trellis.magnitudes is not None
+        known = codebook(trellis).flatten().half()
+        bytes_ = (plane_assembly if in_planes else assembly).level_tables(trellis)
     elif name in SCALAR_BITS:
         found = levels(SCALAR_BITS[name])
         known, bytes_ = torch.tensor(found, dtype=torch.float16), assembly.byte_tables(found)
