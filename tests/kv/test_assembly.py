@@ -66,15 +66,9 @@ def test_trellis_windows_find_their_values(name: str) -> None:
     held = table(name)[trellis.values * trellis.states :].numpy().view(np.uint32)
     made = block(name)
     registers = ptx.run(made, [*words, *(np.full(3000, each) for each in held[: made.inputs - count])])
-    values_of, seen, read = (
-        codebook(trellis).double().numpy(),
-        set(),
-        read_plane_by_plane if planes else read_word_by_word,
-    )
-    pairs = value_pairs(trellis)
-    assert sorted(itertools.chain(*pairs)) == list(
-        range(32 * trellis.group_words * trellis.values // trellis.step_bits)
-    )
+    values_of, seen, pairs = codebook(trellis).double().numpy(), set(), value_pairs(trellis)
+    steps = 32 * trellis.group_words // trellis.step_bits
+    assert sorted(itertools.chain(*pairs)) == list(range(steps * trellis.values))
     for register, pair in zip(registers, pairs, strict=True):
         for lane, place in enumerate(pair):
             step, value = divmod(place, trellis.values)
