@@ -29,8 +29,8 @@ from tests.kv.contract import Case, errors
 from turbomoe.kv.codecs import make_codec
 from turbomoe.kv.kernels.codes import row_order, vectors
 from turbomoe.kv.kernels.launch import attend_one
-from turbomoe.kv.kernels.layout import SCALAR_BITS, chunks, column_dims, table
-from turbomoe.kv.trellis_codebook import TRELLISES
+from turbomoe.kv.kernels.layout import SCALAR_BITS, byte_offset, chunks, column_dims, in_bytes, table
+from turbomoe.kv.trellis_codebook import TRELLISES, UNIT
 
 TYPES = ("f16", "bf16", "q8_0", "tq2", "tq3", "tq4", "tcq2", "tcq2.5", "tcq3", "tcq4")
 MIXED = [("tcq3", "tcq2"), ("tcq2.5", "tcq2"), ("q8_0", "tq3"), ("bf16", "tcq3"), ("tq4", "bf16"), ("tcq4", "f16")]
@@ -58,13 +58,17 @@ def decoding(name: str) -> dict:
         expected = codec.decode((codes, torch.ones(len(codes), 1, dtype=torch.float16, device="cuda")))
         parts = chunks(dim, name)
         dims, _ = column_dims(name, dim, for_scores, parts, "cuda")
+        as_bytes = for_scores and in_bytes(name)
         for form in worst:
             out = torch.full((len(codes), dim), float("nan"), dtype=torch.float16, device="cuda")
+            if as_bytes:
+                out = torch.full_like(out, -128, dtype=torch.int8)  # the lowest: wrong almost everywhere
             for chunk in range(parts):
                 _dump[(32,)](
                     codes, out, dims, table(name, "cuda"), dim, width, name, chunk, parts, for_scores, form == "asm"
                 )
-            worst[form] = max(worst[form], float((out.float() - expected).abs().nan_to_num(1e9).max()))
+            values = (2 * out.float() + byte_offset(name)) * UNIT / 2 if as_bytes else out.float()
+            worst[form] = max(worst[form], float((values - expected).abs().nan_to_num(1e9).max()))
     return {"decoding": name, **worst, "bad": max(worst.values()) > SIGMAS.get(name, 0.0)}
 
 

@@ -16,7 +16,8 @@ from turbomoe.kv.kernels import launch
 from turbomoe.kv.kernels.layout import SCALAR_BITS, block
 from turbomoe.kv.trellis_codebook import TRELLISES
 
-BLOCKS = {block(name).text: block(name) for name in (*SCALAR_BITS, *TRELLISES)}
+_EVERY = [block(name) for name in (*SCALAR_BITS, *TRELLISES)] + [block(name, for_scores=True) for name in TRELLISES]
+BLOCKS = {each.text: each for each in _EVERY}
 
 
 class _Call:
@@ -55,6 +56,7 @@ def assembler(monkeypatch: pytest.MonkeyPatch) -> None:
         (256, "tq3", "tq4", (150,)),
         (256, "tq2", "tq2", (600, 41)),
         (64, "tcq2.5", "tcq3", (150, 0)),
+        (256, "tcq2.5", "tcq2.5", (150,)),
         (128, "tcq4", "tcq2", (150,)),
         (256, "tcq3", "tcq2", (150,)),
         (128, "q8_0", "tq3", (150,)),

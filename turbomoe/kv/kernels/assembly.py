@@ -153,29 +153,42 @@ def level_tables(trellis: Trellis) -> bytes:
     return b"".join(bytes(level - min(lookup.levels) for level in lookup.levels) for lookup in trellis.lookups)
 
 
-def trellis(trellis: Trellis) -> Block:
+def lowest(trellis: Trellis) -> int:
+    """The sum that the bytes of ``level_tables`` are counted from."""
+    return sum(min(lookup.levels) for lookup in trellis.lookups)
+
+
+def trellis(trellis: Trellis, as_bytes: bool = False) -> Block:
     """Trellis codes to values, a pair a register. In: a group of words, the word after it, ``level_tables``.
 
     Three bits in each nibble choose eight values at a time: four a permutation. Bytes of tables are added as they are,
-    none carries; joined with 0x64 they are the halves 1024 + byte.
+    none carries; joined with 0x64 they are the halves 1024 + byte. ``as_bytes``: four a register, signed, so that a
+    value is (byte + 128 + ``lowest``) * ``UNIT``.
     """
     words, size = trellis.group_words, len(level_tables(trellis)) // 4
     batches = 4 * words // trellis.step_bits
-    w = Writer(words + 1 + size, 4 * batches)
+    w = Writer(words + 1 + size, (2 if as_bytes else 4) * batches)
     tables = [[w.word(words + 1 + i), w.word(words + 2 + i)] for i in range(0, size, 2)]
     stream = _Stream(w, trellis)
-    base = 1024 - sum(min(lookup.levels) for lookup in trellis.lookups)
-    unit, shift = w.constant(half2(UNIT)), w.constant(half2(-base * UNIT))
     for batch in range(batches):
         chosen = [_chosen(w, stream, batch, lookup) for lookup in trellis.lookups]
         for half in (0, 1):
             here = [_shifted(w, index, 16 * half) for index in chosen]
             found = [w.op("prmt.b32", *table, index) for table, index in zip(tables, here, strict=True)]
             total = functools.reduce(lambda a, b: w.op("add.u32", a, b), found)
-            for k, bytes_ in enumerate(("0x4140", "0x4342")):
-                number = w.op("prmt.b32", total, w.constant("0x64646464"), bytes_)
-                w.op("fma.rn.f16x2", number, unit, shift, to=f"${4 * batch + 2 * half + k}")
+            if as_bytes:
+                w.op("xor.b32", total, w.constant("0x80808080"), to=f"${2 * batch + half}")
+            else:
+                _to_halves(w, total, lowest(trellis), 4 * batch + 2 * half)
     return w.block()
+
+
+def _to_halves(w: Writer, total: str, lowest: int, register: int) -> None:
+    """Four bytes to two registers of values."""
+    unit, shift = w.constant(half2(UNIT)), w.constant(half2((lowest - 1024) * UNIT))
+    for k, bytes_ in enumerate(("0x4140", "0x4342")):
+        number = w.op("prmt.b32", total, w.constant("0x64646464"), bytes_)
+        w.op("fma.rn.f16x2", number, unit, shift, to=f"${register + k}")
 
 
 class _Stream:

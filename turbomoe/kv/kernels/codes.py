@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from turbomoe.kv.kernels.layout import block
+from turbomoe.kv.kernels.layout import block, byte_offset
+from turbomoe.kv.trellis_codebook import UNIT as _UNIT
 
 _BLOCKS = {name: block(name) for name in ("tq2", "tq3", "tq4", "tcq2", "tcq2.5", "tcq3", "tcq4")}
 TQ2_TEXT, TQ2_REGISTERS = (tl.constexpr(part) for part in _BLOCKS["tq2"].parts)
@@ -20,6 +21,25 @@ TCQ2_TEXT, TCQ2_REGISTERS = (tl.constexpr(part) for part in _BLOCKS["tcq2"].part
 TCQ25_TEXT, TCQ25_REGISTERS = (tl.constexpr(part) for part in _BLOCKS["tcq2.5"].parts)
 TCQ3_TEXT, TCQ3_REGISTERS = (tl.constexpr(part) for part in _BLOCKS["tcq3"].parts)
 TCQ4_TEXT, TCQ4_REGISTERS = (tl.constexpr(part) for part in _BLOCKS["tcq4"].parts)
+_BYTES = {name: block(name, for_scores=True) for name in ("tcq2", "tcq2.5", "tcq3", "tcq4")}
+TCQ2_BYTES, TCQ2_BYTE_REGISTERS = (tl.constexpr(part) for part in _BYTES["tcq2"].parts)
+TCQ25_BYTES, TCQ25_BYTE_REGISTERS = (tl.constexpr(part) for part in _BYTES["tcq2.5"].parts)
+TCQ3_BYTES, TCQ3_BYTE_REGISTERS = (tl.constexpr(part) for part in _BYTES["tcq3"].parts)
+TCQ4_BYTES, TCQ4_BYTE_REGISTERS = (tl.constexpr(part) for part in _BYTES["tcq4"].parts)
+UNIT = tl.constexpr(_UNIT)
+OFFSETS = tl.constexpr({name: byte_offset(name) for name in _BYTES})
+
+
+@triton.constexpr_function
+def are_bytes(kind, offsets):
+    """Whether keys of this kind are decoded to bytes (``layout.in_bytes``), by ``OFFSETS``."""
+    return kind in offsets
+
+
+@triton.constexpr_function
+def offset_of_bytes(kind, offsets):
+    """What is added to twice a byte, to be a value in half of ``UNIT``."""
+    return offsets[kind]
 
 
 @triton.jit
@@ -47,14 +67,23 @@ def _halves(x):
 
 
 @triton.jit
+def _bytes(x):
+    """Registers int32 [N, W] to the four bytes in each: int8 [N, 4 W]."""
+    even = tl.join(x.to(tl.int8), (x >> 16).to(tl.int8))
+    odd = tl.join((x >> 8).to(tl.int8), (x >> 24).to(tl.int8))
+    return tl.reshape(tl.join(even, odd), (x.shape[0], 4 * x.shape[1]))
+
+
+@triton.jit
 def _word(codes, rows, index):
     """Words int32 [N, W] of the vectors at byte offsets ``rows`` [N], at word ``index`` [W]."""
     return tl.load((codes + rows[:, None]).to(tl.pointer_type(tl.int32)) + index[None, :])
 
 
 @triton.jit
-def _arranged(x, G: tl.constexpr, FOR_SCORES: tl.constexpr):
-    """Registers int32 [N, registers] of G groups, by group, to float16 [N, 2 * registers]; see ``layout.column_dims``.
+def _arranged(x, G: tl.constexpr, FOR_SCORES: tl.constexpr, BYTES: tl.constexpr):
+    """Registers int32 [N, registers] of G groups, by group, to float16 [N, 2 * registers] or, BYTES, int8 [N, 4 *
+    registers]; see ``layout.column_dims``.
 
     For scores every thread's registers take turns with those of the three that share its vector: just as the tensor
     cores want an operand in registers, so nothing passes through shared memory. For sums, which read it across
@@ -67,7 +96,8 @@ def _arranged(x, G: tl.constexpr, FOR_SCORES: tl.constexpr):
     else:
         RUN: tl.constexpr = min(8, EACH)
         x = tl.permute(tl.reshape(x, (x.shape[0], THREADS, EACH // RUN, RUN)), (0, 2, 1, 3))
-    return _halves(tl.reshape(x, (x.shape[0], THREADS * EACH)))
+    x = tl.reshape(x, (x.shape[0], THREADS * EACH))
+    return _bytes(x) if BYTES else _halves(x)
 
 
 @triton.jit
@@ -103,7 +133,7 @@ def lookup(table, KIND: tl.constexpr):
     if LEVELS == 0:
         return 0, 0, 0, 0, 0, 0
     at = (table + LEVELS).to(tl.pointer_type(tl.int32))
-    if KIND == "tcq4":
+    if KIND == "tcq2.5" or KIND == "tcq4":
         return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
     else:
         return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), 0, 0
@@ -201,9 +231,46 @@ def _registers(group, tables, KIND: tl.constexpr):
 
 
 @triton.jit
+def _byte_registers(group, tables, KIND: tl.constexpr):
+    """int32 [N, registers], by group: four bytes each, of keys."""
+    if KIND == "tcq2":
+        a, b, c, d = tl.inline_asm_elementwise(
+            TCQ2_BYTES, TCQ2_BYTE_REGISTERS, [group[0], group[1], tables[0], tables[1], tables[2], tables[3]],
+            dtype=(tl.int32,) * 4, is_pure=True, pack=1,
+        )  # fmt: skip
+        return _merge4(a, b, c, d)
+    elif KIND == "tcq4":
+        a, b = tl.inline_asm_elementwise(
+            TCQ4_BYTES, TCQ4_BYTE_REGISTERS,
+            [group[0], group[1], tables[0], tables[1], tables[2], tables[3], tables[4], tables[5]],
+            dtype=(tl.int32,) * 2, is_pure=True, pack=1,
+        )  # fmt: skip
+        return _merge(a, b)
+    elif KIND == "tcq3":
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            TCQ3_BYTES, TCQ3_BYTE_REGISTERS,
+            [group[0], group[1], group[2], group[3], tables[0], tables[1], tables[2], tables[3]],
+            dtype=(tl.int32,) * 8, is_pure=True, pack=1,
+        )  # fmt: skip
+        return _merge8(a, b, c, d, e, f, g, h)
+    else:
+        r0, r1, r2, r3, r4, r5, r6, r7, r8, r9, r10, r11, r12, r13, r14, r15 = tl.inline_asm_elementwise(
+            TCQ25_BYTES, TCQ25_BYTE_REGISTERS,
+            [
+                group[0], group[1], group[2], group[3], group[4], group[5], group[6], group[7], group[8], group[9],
+                tables[4], tables[5],
+            ],
+            dtype=(tl.int32,) * 16, is_pure=True, pack=1,
+        )  # fmt: skip
+        return _merge(_merge8(r0, r2, r4, r6, r8, r10, r12, r14), _merge8(r1, r3, r5, r7, r9, r11, r13, r15))
+
+
+@triton.jit
 def decoded(group, tables, KIND: tl.constexpr, FOR_SCORES: tl.constexpr):
-    """float16 [64, D / CHUNKS] of ``words`` and ``lookup``: what ``vectors`` returns."""
-    return _in_row_order(_arranged(_registers(group, tables, KIND), group[0].shape[1], FOR_SCORES))
+    """[64, D / CHUNKS] of ``words`` and ``lookup``: what ``vectors`` returns."""
+    BYTES: tl.constexpr = FOR_SCORES and are_bytes(KIND, OFFSETS)
+    registers = _byte_registers(group, tables, KIND) if BYTES else _registers(group, tables, KIND)
+    return _in_row_order(_arranged(registers, group[0].shape[1], FOR_SCORES, BYTES))
 
 
 @triton.jit
@@ -270,11 +337,14 @@ def vectors(
     FOR_SCORES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """float16 [64, D / CHUNKS]: a chunk of the vectors at byte offsets ``rows`` int64 [64] from ``codes``, without
-    scales.
+    scales. For scores int8, where ``are_bytes``: a value is twice the byte and ``offset_of_bytes``, times
+    half of ``UNIT``.
 
     Row n holds vector ``row_order(n)``. ``dims`` int32 [D / CHUNKS] are the chunk's part of ``layout.column_dims``.
     """
     if ASM:
         return decoded(words(codes, rows, D, KIND, CHUNK, CHUNKS), lookup(table, KIND), KIND, FOR_SCORES)
-    else:
-        return _in_row_order(_looked_up(codes, rows, dims, table, D, KIND))
+    x = _looked_up(codes, rows, dims, table, D, KIND)
+    if FOR_SCORES and are_bytes(KIND, OFFSETS):
+        x = ((x.to(tl.float32) * (2 / UNIT) - offset_of_bytes(KIND, OFFSETS)) * 0.5).to(tl.int8)
+    return _in_row_order(x)

@@ -4,7 +4,8 @@
 part of the context, all queries of the head together; ``merge`` sums the parts, ``finish`` turns what came from codes
 back and stores the new token in the windows. Lengths and page tables are read on the device and the grid depends on
 sizes that never change, so a CUDA graph may hold the launches. The reference is ``kv/decode.py``, with the same rule of
-windows.
+windows. EARLY: each kernel lets its successor start, and reads what its predecessor does not write before it waits for
+it; all programs wait, so that a kernel has ended only after those before it.
 
 Parts [0, splits) read pages, the rest the windows. A part leaves the running maximum and sum of its softmax, in units
 of log2, and its weighted values. Values' scales are folded into the weights, and the maximum is taken over the
@@ -15,13 +16,24 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from turbomoe.kv.kernels.codes import decoded, lookup, row_order, vectors, words
+from turbomoe.kv.kernels.codes import (
+    OFFSETS,
+    UNIT,
+    are_bytes,
+    decoded,
+    lookup,
+    offset_of_bytes,
+    row_order,
+    vectors,
+    words,
+)
 
 PAGE = tl.constexpr(64)
 QUERIES = tl.constexpr(16)  # the queries of a KV head, filled up
 LOG2E = tl.constexpr(1.4426950408889634)
+LARGEST_QUERY = tl.constexpr(127 * 128)  # of one in two bytes
 SMALLEST_SCALE = tl.constexpr(2.0**-24)  # of fp16; a scale of 0 is cut to it and its weight to 0
 
 
@@ -37,15 +49,22 @@ def butterflies(x, D: tl.constexpr):
 
 @triton.jit
 def prepare(
-    query, turned, factors, offsets, signs, mean, spread, turns, scale, query_stride_b, query_stride_h, pages_per_slot,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, ROTATED: tl.constexpr, HAS_MEAN: tl.constexpr,
-    HAS_SPREAD: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr,
+    query, turned, factors, lifts, offsets, columns, signs, mean, spread, turns, scale, query_stride_b,
+    query_stride_h, pages_per_slot,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, K_KIND: tl.constexpr, ROTATED: tl.constexpr,
+    HAS_MEAN: tl.constexpr, HAS_SPREAD: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * HEADS, 1 + blocks of 16 pages). The first column turns a query: float16 ``turned`` of largest
-    magnitude 1, and its factor. The others find its scores with the means of 16 pages each (``turns.page_scores``).
+    magnitude 1, its dims in these columns, and its factor. The others find its scores with the means of 16 pages each
+    (``turns.page_scores``).
+
+    For keys in bytes a query is integers up to LARGEST_QUERY: int8 ``turned`` [B * HEADS, 2, D], multiples of 128 and
+    the rest; and ``lifts`` int32 is what the keys' offset adds to its scores.
 
     PAIRS channels turn with as many others; HALF is the power of two that holds them.
     """
+    if EARLY:
+        gdc_launch_dependents()
     row = tl.program_id(0)
     head = row % HEADS // GROUP
     place = query + row // HEADS * query_stride_b + row % HEADS * query_stride_h
@@ -58,8 +77,17 @@ def prepare(
             x = butterflies(x * tl.load(signs + d), D)
         top = tl.max(tl.abs(x), 0)
         safe = tl.where(top > 0, top, 1.0)
-        tl.store(turned + row * D + d, (x / safe).to(tl.float16))
-        tl.store(factors + row, safe * scale * LOG2E)
+        column = tl.load(columns + d)
+        if are_bytes(K_KIND, OFFSETS):
+            whole = tl.floor(x / safe * LARGEST_QUERY + 0.5).to(tl.int32)
+            high = (whole + 64) >> 7
+            tl.store(turned + 2 * row * D + column, high.to(tl.int8))
+            tl.store(turned + (2 * row + 1) * D + column, (whole - high * 128).to(tl.int8))
+            tl.store(lifts + row, tl.sum(whole, 0) * offset_of_bytes(K_KIND, OFFSETS))
+            tl.store(factors + row, safe * scale * (LOG2E * UNIT / 2 / LARGEST_QUERY))
+        else:
+            tl.store(turned + row * D + column, (x / safe).to(tl.float16))
+            tl.store(factors + row, safe * scale * LOG2E)
     elif HAS_MEAN:
         page = (tl.program_id(1) - 1) * 16 + tl.arange(0, 16)
         still = tl.sum(tl.where(d >= 2 * PAIRS, x * tl.load(mean + head * D + d), 0.0), 0)
@@ -144,8 +172,27 @@ def _scales(scales, page, h, KV_HEADS: tl.constexpr, SCALED: tl.constexpr):
 
 
 @triton.jit
+def _queries(turned, first_row, column, GROUP: tl.constexpr, D: tl.constexpr, BYTES: tl.constexpr):
+    """These columns of the queries of a KV head: [QUERIES, part]; of two bytes int8 [2 * QUERIES, part]."""
+    q = tl.arange(0, QUERIES * (2 if BYTES else 1))
+    row, mine = first_row + q % QUERIES, q % QUERIES < GROUP
+    if BYTES:
+        row = 2 * row + q // QUERIES
+    return tl.load(turned + row[:, None] * D + column[None, :], mask=mine[:, None], other=0)
+
+
+@triton.jit
+def _summed(products, lift):
+    """int32 products [64, 2 * QUERIES] of both bytes of queries, doubled and with the offset of keys: float32 [64,
+    QUERIES].
+    """
+    high, low = tl.split(tl.permute(tl.reshape(products, (PAGE, 2, QUERIES)), (0, 2, 1)))
+    return (high * 256 + low * 2 + lift[None, :]).to(tl.float32)
+
+
+@triton.jit
 def _scores(queries, k, EXACT: tl.constexpr, PRECISION: tl.constexpr):
-    """float32 [64, QUERIES] of queries [QUERIES, part] and keys [64, part]."""
+    """float32 [64, QUERIES] of queries [QUERIES, part] and keys [64, part]; int32 [64, 2 * QUERIES] of bytes."""
     if EXACT:
         # Queries first, too few of them for wgmma: handed a loaded tile, that reads beyond it (triton 3.6, sm_90).
         return tl.trans(tl.dot(queries, tl.trans(k), input_precision=PRECISION))
@@ -204,11 +251,11 @@ def _offset(offsets, row, mine, tile, pages_per_slot, HAS_MEAN: tl.constexpr):
 
 
 @triton.jit
-def _leave(part_top, part_total, part, top, total):
-    """Store the maximum and the sum of a part, [QUERIES] each."""
-    q = tl.arange(0, QUERIES)
-    tl.store(part_top + part * QUERIES + q, top)
-    tl.store(part_total + part * QUERIES + q, total)
+def _leave(part_top, part_total, part, top, total, PARTS: tl.constexpr):
+    """Store the maximum and the sum of a part, [QUERIES] each: those of a query beside each other."""
+    at = (part // PARTS * QUERIES + tl.arange(0, QUERIES)) * PARTS + part % PARTS
+    tl.store(part_top + at, top)
+    tl.store(part_total + at, total)
 
 
 @triton.jit
@@ -222,11 +269,12 @@ def _leave_values(part_far, part, total, far, first, D: tl.constexpr):
 
 @triton.jit
 def _pages(
-    turned, factors, offsets, starts, pages, k_codes, k_scales, k_dims, k_table, v_codes, v_scales, v_dims,
+    turned, factors, lifts, offsets, starts, pages, k_codes, k_scales, k_dims, k_table, v_codes, v_scales, v_dims,
     v_table, part_top, part_total, part_far, split, part, b, h, pages_per_slot,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BEHIND: tl.constexpr,
     K_KIND: tl.constexpr, V_KIND: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, HAS_MEAN: tl.constexpr,
-    SPLITS: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr, PARTS: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    ASM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     coded = tl.load(starts + b) - BEHIND
     tiles = tl.cdiv(tl.maximum(coded, 0), PAGE)
@@ -234,7 +282,9 @@ def _pages(
     first, last = split * each, tl.minimum((split + 1) * each, tiles)
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
     if first >= last:
-        _leave(part_top, part_total, part, top, tl.zeros((QUERIES,), tl.float32))
+        if EARLY:
+            gdc_wait()
+        _leave(part_top, part_total, part, top, tl.zeros((QUERIES,), tl.float32), PARTS)
         return
     q = tl.arange(0, QUERIES)
     mine, row = q < GROUP, b * HEADS + h * GROUP + q
@@ -244,33 +294,37 @@ def _pages(
     K_EXACT: tl.constexpr = K_KIND == "bf16" or K_KIND == "f16" or K_KIND == "f32"
     V_SCALED: tl.constexpr = not V_EXACT and V_KIND != "q8_0"
     K_SCALED: tl.constexpr = not K_EXACT and K_KIND != "q8_0"
+    K_BYTES: tl.constexpr = are_bytes(K_KIND, OFFSETS)
     K_AHEAD: tl.constexpr = ASM and K_SCALED
     V_AHEAD: tl.constexpr = ASM and V_SCALED
     k_tables, v_tables = lookup(k_table, K_KIND), lookup(v_table, V_KIND)
     k_order, v_order = tl.load(k_dims + part_of), tl.load(v_dims + part_of)
-    queries = tl.load(turned + row[:, None] * D + k_order[None, :], mask=mine[:, None], other=0.0)
-    if K_EXACT:
-        queries = queries.to(k_codes.dtype.element_ty if ASM else tl.float32)
-    if CHUNKS == 2:
-        k_order_2, v_order_2 = tl.load(k_dims + PART + part_of), tl.load(v_dims + PART + part_of)
-        queries_2 = tl.load(turned + row[:, None] * D + k_order_2[None, :], mask=mine[:, None], other=0.0)
-        queries_2 = queries_2.to(queries.dtype)
-        far_2 = tl.zeros((PART, QUERIES), tl.float32)
-    factor = tl.load(factors + row, mask=mine, other=0.0)
-    total = tl.zeros((PAGE, QUERIES), tl.float32)
-    far = tl.zeros((PART, QUERIES), tl.float32)
     row_of_table = pages + b * pages_per_slot
     # All that a tile reads is held in registers a tile ahead (exact values and q8_0: by the compiler's prefetching).
     page = tl.load(row_of_table + first)
     next_page = tl.load(row_of_table + tl.minimum(first + 1, last - 1))
     k_scale, v_scale = _scales(k_scales, page, h, KV_HEADS, K_SCALED), _scales(v_scales, page, h, KV_HEADS, V_SCALED)
-    offset = _offset(offsets, row, mine, first, pages_per_slot, HAS_MEAN)
     at = (page * KV_HEADS + h) * PAGE
     k_held = _words(k_codes, at, D, K_KIND, K_WIDTH, 0, CHUNKS, K_AHEAD)
     v_held = _words(v_codes, at, D, V_KIND, V_WIDTH, 0, CHUNKS, V_AHEAD)
     if CHUNKS == 2:
+        k_order_2, v_order_2 = tl.load(k_dims + PART + part_of), tl.load(v_dims + PART + part_of)
         k_held_2 = _words(k_codes, at, D, K_KIND, K_WIDTH, 1, CHUNKS, K_AHEAD)
         v_held_2 = _words(v_codes, at, D, V_KIND, V_WIDTH, 1, CHUNKS, V_AHEAD)
+        far_2 = tl.zeros((PART, QUERIES), tl.float32)
+    total = tl.zeros((PAGE, QUERIES), tl.float32)
+    far = tl.zeros((PART, QUERIES), tl.float32)
+    if EARLY:
+        gdc_wait()
+    queries = _queries(turned, b * HEADS + h * GROUP, part_of, GROUP, D, K_BYTES)
+    if K_EXACT:
+        queries = queries.to(k_codes.dtype.element_ty if ASM else tl.float32)
+    if CHUNKS == 2:
+        queries_2 = _queries(turned, b * HEADS + h * GROUP, PART + part_of, GROUP, D, K_BYTES).to(queries.dtype)
+    if K_BYTES:
+        lift = tl.load(lifts + row, mask=mine, other=0)
+    factor = tl.load(factors + row, mask=mine, other=0.0)
+    offset = _offset(offsets, row, mine, first, pages_per_slot, HAS_MEAN)
     for tile in tl.range(first, last, num_stages=STAGES):
         next_offset = _offset(offsets, row, mine, tl.minimum(tile + 1, last - 1), pages_per_slot, HAS_MEAN)
         page_after = tl.load(row_of_table + tl.minimum(tile + 2, last - 1))
@@ -295,6 +349,8 @@ def _pages(
                 True, K_AHEAD, ASM,
             )  # fmt: skip
             scores += _scores(queries_2, k, K_EXACT, PRECISION)
+        if K_BYTES:
+            scores = _summed(scores, lift)
         scores = scores * factor[None, :]
         if K_SCALED:
             scores = scores * k_scale.to(tl.float32)[:, None]
@@ -317,8 +373,10 @@ def _pages(
         k_held, v_held = next_k, next_v
         if CHUNKS == 2:
             k_held_2, v_held_2 = next_k_2, next_v_2
+    if EARLY:
+        gdc_launch_dependents()
     sum_of_weights = tl.sum(total, 0)
-    _leave(part_top, part_total, part, top, sum_of_weights)
+    _leave(part_top, part_total, part, top, sum_of_weights, PARTS)
     _leave_values(part_far, part, sum_of_weights, tl.trans(far), 0, D)
     if CHUNKS == 2:
         _leave_values(part_far, part, sum_of_weights, tl.trans(far_2), PART, D)
@@ -351,7 +409,7 @@ def _windows(
     query, starts, slots, k_sinks, k_ring, k_fresh, v_sinks, v_ring, v_fresh, part_top, part_total, part_far, window,
     part, b, h, scale, query_stride_b, query_stride_h,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
-    ASM: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, EARLY: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of the windows: vectors from number ``window * PAGE`` on."""
     start, slot = tl.load(starts + b), tl.load(slots + b)
@@ -372,13 +430,15 @@ def _windows(
     v = _exact(v_sinks, v_ring, v_fresh, slot, b, h, index, seen, KV_HEADS, D, SINK, RECENT).to(queries.dtype)
     far = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
     sum_of_weights = tl.sum(weights, 1)
-    _leave(part_top, part_total, part, top, sum_of_weights)
+    if EARLY:
+        gdc_wait()
+    _leave(part_top, part_total, part, top, sum_of_weights, PARTS)
     _leave_values(part_far, part, sum_of_weights, far, 0, D)
 
 
 @triton.jit
 def attend(
-    query, turned, factors, offsets, starts, slots, pages,
+    query, turned, factors, lifts, offsets, starts, slots, pages,
     k_codes, k_scales, k_dims, k_table, k_sinks, k_ring, k_fresh,
     v_codes, v_scales, v_dims, v_table, v_sinks, v_ring, v_fresh,
     part_top, part_total, part_far, scale, pages_per_slot, query_stride_b, query_stride_h,
@@ -389,29 +449,27 @@ def attend(
 ):  # fmt: skip
     """Grid (SPLITS + WINDOWS, B * KV_HEADS). Positions below start - BEHIND + SINK ... are in pages; see ``Side``."""
     index, b, h = tl.program_id(0), tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
-    if EARLY:
-        gdc_wait()
     part = tl.program_id(1) * (SPLITS + WINDOWS) + index
     if index < SPLITS:
         _pages(
-            turned, factors, offsets, starts, pages, k_codes, k_scales, k_dims, k_table, v_codes, v_scales,
+            turned, factors, lifts, offsets, starts, pages, k_codes, k_scales, k_dims, k_table, v_codes, v_scales,
             v_dims, v_table, part_top, part_total, part_far, index, part, b, h, pages_per_slot,
-            HEADS, KV_HEADS, GROUP, D, BEHIND, K_KIND, V_KIND, K_WIDTH, V_WIDTH, HAS_MEAN, SPLITS, CHUNKS,
-            STAGES, ASM, PRECISION,
+            HEADS, KV_HEADS, GROUP, D, BEHIND, K_KIND, V_KIND, K_WIDTH, V_WIDTH, HAS_MEAN, SPLITS, SPLITS + WINDOWS,
+            CHUNKS, STAGES, EARLY, ASM, PRECISION,
         )  # fmt: skip
     else:
         _windows(
             query, starts, slots, k_sinks, k_ring, k_fresh, v_sinks, v_ring, v_fresh, part_top, part_total, part_far,
             index - SPLITS, part, b, h, scale, query_stride_b, query_stride_h,
-            KV_HEADS, GROUP, D, SINK, RECENT, ASM, PRECISION,
+            KV_HEADS, GROUP, D, SINK, RECENT, SPLITS + WINDOWS, EARLY, ASM, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
-def _weights(part_top, part_total, place, inside, top):
-    """Shares of parts, relative to the maximum ``top``: float32."""
-    weight = tl.exp2(tl.load(part_top + place, mask=inside, other=float("-inf")) - top)
-    return weight * tl.load(part_total + place, mask=inside, other=0.0)
+def _weights(tops, totals, part, inside, top):
+    """Shares of a query's parts, relative to the maximum ``top``: float32."""
+    weight = tl.exp2(tl.load(tops + part, mask=inside, other=float("-inf")) - top)
+    return weight * tl.load(totals + part, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -427,30 +485,35 @@ def merge(
     the sums of weights from codes, and of all.
     """
     if EARLY:
-        gdc_wait()
+        gdc_launch_dependents()
     program, rows = tl.program_id(0), tl.num_programs(0)
     b, head = program // HEADS, program % HEADS
-    row, query = (b * KV_HEADS + head // GROUP) * (SPLITS + WINDOWS), head % GROUP
+    group, query = b * KV_HEADS + head // GROUP, head % GROUP
+    of_query = (group * QUERIES + query) * (SPLITS + WINDOWS)
+    tops, totals_of_parts = part_top + of_query, part_total + of_query
+    values = part_far + (group * (SPLITS + WINDOWS) * QUERIES + query) * D
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     tiles = tl.cdiv(tl.maximum(tl.load(starts + b) - BEHIND, 0), PAGE)
     used = tl.minimum(tl.cdiv(tiles, tiles_each(tiles, SPLITS)), SPLITS)
+    if EARLY:
+        gdc_wait()
     p = tl.arange(0, PARTS)
-    top = tl.max(tl.load(part_top + (row + p) * QUERIES + query, mask=p < SPLITS + WINDOWS, other=float("-inf")), 0)
+    top = tl.max(tl.load(tops + p, mask=p < SPLITS + WINDOWS, other=float("-inf")), 0)
     total, coded = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK, COLUMNS), tl.float32)
     for first in tl.range(0, used, BLOCK, num_stages=2):
         part = first + tl.arange(0, BLOCK)
-        place = (row + part) * QUERIES + query
-        far = tl.load(part_far + place[:, None] * D + column[None, :], mask=(part < used)[:, None], other=0.0)
-        weight = _weights(part_top, part_total, place, part < used, top)
+        place = values + part[:, None] * (QUERIES * D) + column[None, :]
+        far = tl.load(place, mask=(part < used)[:, None], other=0.0)
+        weight = _weights(tops, totals_of_parts, part, part < used, top)
         total += weight
         coded += weight[:, None] * far.to(tl.float32)
     coded_total = tl.sum(total, 0)
     tl.store(sums + program * D + column, tl.sum(coded, 0))
     if WINDOWS > 0:
-        w = tl.arange(0, WINDOW_ROWS)
-        place = (row + SPLITS + w) * QUERIES + query
-        far = tl.load(part_far + place[:, None] * D + column[None, :], mask=(w < WINDOWS)[:, None], other=0.0)
-        weight = _weights(part_top, part_total, place, w < WINDOWS, top)
+        part = SPLITS + tl.arange(0, WINDOW_ROWS)
+        place = values + part[:, None] * (QUERIES * D) + column[None, :]
+        far = tl.load(place, mask=(part < SPLITS + WINDOWS)[:, None], other=0.0)
+        weight = _weights(tops, totals_of_parts, part, part < SPLITS + WINDOWS, top)
         tl.store(sums + (rows + program) * D + column, tl.sum(weight[:, None] * far.to(tl.float32), 0))
         total_of_windows = tl.sum(weight, 0)
     else:
@@ -468,15 +531,16 @@ def finish(
     RECENT: tl.constexpr, ROTATED: tl.constexpr, HAS_MEAN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One query head a program: float32 out [B, HEADS, D]. The first of a group also stores the new token."""
-    if EARLY:
-        gdc_wait()
     program, rows, d = tl.program_id(0), tl.num_programs(0), tl.arange(0, D)
     b, head = program // HEADS, program % HEADS
     h, query = head // GROUP, head % GROUP
-    coded = tl.load(sums + program * D + tl.load(v_columns + d))
+    order, sign = tl.load(v_columns + d), tl.load(signs + d)
+    if EARLY:
+        gdc_wait()
+    coded = tl.load(sums + program * D + order)
     plain = tl.load(sums + (rows + program) * D + d)
     if ROTATED:
-        coded = butterflies(coded, D) * tl.load(signs + d)
+        coded = butterflies(coded, D) * sign
     if HAS_MEAN:
         coded += tl.load(totals + program) * tl.load(mean + h * D + d)
     tl.store(out + program * D + d, (coded + plain) / tl.load(totals + rows + program))

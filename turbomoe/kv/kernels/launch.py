@@ -9,14 +9,14 @@ import triton
 
 from turbomoe.kv.hadamard import random_signs
 from turbomoe.kv.kernels import QUERIES, decode
-from turbomoe.kv.kernels.layout import chunks
+from turbomoe.kv.kernels.layout import chunks, in_bytes
 from turbomoe.kv.kernels.stored import code_bytes, interpreted, kind_of, processors, stored
 from turbomoe.kv.layer import Side, Step
 from turbomoe.kv.pages import PAGE_TOKENS
 
 PROGRAMS_PER_SM = 3
 EARLY = True
-BLOCK, COLUMNS = 64, 64  # parts that are merged at a time, and columns of a program that does
+BLOCK, COLUMNS = 64, 32  # parts that are merged at a time, and columns of a program that does
 WARPS, REGISTERS = 4, 168  # registers a thread so that three programs fit an SM
 STAGES = 3  # of the compiler's prefetching, for what the kernel does not read ahead itself
 COMPILER_READ = {"bf16", "f16", "f32", "q8_0"}
@@ -58,8 +58,10 @@ def attend_one(
     splits = max(1, min(capacity, PROGRAMS_PER_SM * processors(device) // (batch * kv_heads)))
     windows = 0 if paged else triton.cdiv(keys.sink + keys.recent + 1, PAGE_TOKENS)
     parts = batch * kv_heads * (splits + windows)
-    turned = torch.empty(rows, dim, dtype=torch.float16, device=device)
+    bytes_ = in_bytes(kind_of(keys))
+    turned = torch.empty(rows, 2 if bytes_ else 1, dim, dtype=torch.int8 if bytes_ else torch.float16, device=device)
     factors = torch.empty(rows, dtype=torch.float32, device=device)
+    lifts = torch.empty(rows, dtype=torch.int32, device=device)
     offsets = torch.empty(rows, capacity if keys.mean is not None else 1, dtype=torch.float32, device=device)
     tops, totals = torch.empty(2, parts, QUERIES, dtype=torch.float32, device=device)
     far = torch.empty(parts, QUERIES, dim, dtype=torch.float16, device=device)
@@ -72,16 +74,16 @@ def attend_one(
     blocks = triton.cdiv(capacity, 16) if keys.mean is not None else 0
     pairs = 0 if keys.turns is None else keys.turns.shape[1] // 2
     decode.prepare[(rows, 1 + blocks)](
-        query, turned, factors, offsets, signs, mean_k, signs if keys.scale is None else keys.scale,
+        query, turned, factors, lifts, offsets, k[-1], signs, mean_k, signs if keys.scale is None else keys.scale,
         signs if keys.turns is None else keys.turns, scale, query.stride(0), query.stride(1), capacity, **shape,
-        ROTATED=keys.rotated, HAS_MEAN=keys.mean is not None, HAS_SPREAD=keys.scale is not None, PAIRS=pairs,
-        HALF=triton.next_power_of_2(max(pairs, 1)), num_warps=1,
+        K_KIND=kind_of(keys), ROTATED=keys.rotated, HAS_MEAN=keys.mean is not None, HAS_SPREAD=keys.scale is not None,
+        PAIRS=pairs, HALF=triton.next_power_of_2(max(pairs, 1)), EARLY=early, num_warps=1,
     )  # fmt: skip
     behind = -1 if paged else NEVER if keys.codec is None else keys.sink + keys.recent
     stages = 1 if COMPILER_READ.isdisjoint((kind_of(keys), kind_of(values))) else STAGES
     precision = "ieee" if torch.float32 in (keys.exact_dtype, values.exact_dtype) else "tf32"
     decode.attend[(splits + windows, batch * kv_heads)](
-        query, turned, factors, offsets, step.starts, step.slots, step.pages, *k[:4], keys.sinks, keys.ring, key,
+        query, turned, factors, lifts, offsets, step.starts, step.slots, step.pages, *k[:4], keys.sinks, keys.ring, key,
         *v[:4], values.sinks, values.ring, value, tops, totals, far, scale, capacity, query.stride(0),
         query.stride(1), **shape, KV_HEADS=kv_heads, SINK=keys.sink, RECENT=keys.recent, BEHIND=behind,
         K_KIND=kind_of(keys), V_KIND=kind_of(values), K_WIDTH=code_bytes(keys), V_WIDTH=code_bytes(values),

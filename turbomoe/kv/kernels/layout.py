@@ -27,12 +27,26 @@ def value_pairs(trellis: Trellis) -> list[tuple[int, int]]:
     return [(batch[i], batch[i + 1]) for batch in batches for i in range(0, 8, 2)]
 
 
-def block(name: str) -> assembly.Block:
-    """The assembly that decodes a group of words of this codec."""
+def block(name: str, for_scores: bool = False) -> assembly.Block:
+    """The assembly that decodes a group of words of this codec: to pairs of halves, or four bytes (``in_bytes``)."""
     if name in SCALAR_BITS:
         return assembly.scalar(SCALAR_BITS[name])
     trellis = TRELLISES[name]
-    return assembly.trellis(trellis) if trellis.magnitudes is None else plane_assembly.planes(trellis)
+    return (assembly.trellis if trellis.magnitudes is None else plane_assembly.planes)(trellis, as_bytes=for_scores)
+
+
+def in_bytes(name: str) -> bool:
+    """Whether keys are decoded to signed bytes, whose products with queries of two bytes are integers, and exact.
+
+    It saves turning bytes into halves, and half the products.
+    """
+    return name in TRELLISES
+
+
+def byte_offset(name: str) -> int:
+    """What is added to twice a byte of such keys, to be a value in half of ``trellis_codebook.UNIT``."""
+    trellis = TRELLISES[name]
+    return 1 if trellis.magnitudes is not None else 2 * (128 + assembly.lowest(trellis))
 
 
 def _group_dims(name: str, head_dim: int) -> torch.Tensor:
@@ -60,19 +74,21 @@ def column_dims(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Which dim stands in each column of ``codes.vectors``, and the column of each dim: int32 [head_dim] both.
 
-    A column counts, from its lowest digit: for scores lane, thread, register of the thread; for sums lane, register in
-    a run of up to 8, thread, run; then the chunk, of ``parts``.
+    A column counts, from its lowest digit: for scores lane (two of a register, or four where they are bytes), thread,
+    register of the thread; for sums lane, register in a run of up to 8, thread, run; then the chunk, of ``parts``.
     """
     if name not in SCALAR_BITS and name not in TRELLISES:
         natural = torch.arange(head_dim, dtype=torch.int32, device=device)
         return natural, natural
     dims = _group_dims(name, head_dim)
+    if for_scores and in_bytes(name):
+        dims = dims.view(-1, 4)
     registers, groups = len(dims), head_dim // dims.numel()
     groups //= parts
     own = max(1, min(4, groups // 4))
     threads, each = groups // own, own * registers
     if for_scores:
-        chunk, register, thread, lane = _digits(parts, each, threads, 2)
+        chunk, register, thread, lane = _digits(parts, each, threads, dims.shape[1])
     else:
         chunk, run, thread, inside, lane = _digits(parts, -(-each // 8), threads, min(8, each), 2)
         register = run * min(8, each) + inside
