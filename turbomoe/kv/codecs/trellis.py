@@ -12,7 +12,7 @@ from turbomoe.errors import SettingsError
 from turbomoe.kv.base import Codec, Plane
 from turbomoe.kv.codecs.lloydmax import look_up
 from turbomoe.kv.codecs.scales import matched_scale, spread_out
-from turbomoe.kv.codecs.windows import from_planes, pack_steps, pair_table, pair_windows, to_planes
+from turbomoe.kv.codecs.windows import pack_steps, pair_table, read_pairs, to_planes
 from turbomoe.kv.trellis_codebook import TRELLISES, by_dropped_bits, codebook
 from turbomoe.kv.trellis_search import search
 from turbomoe.native.library import Core, load_core
@@ -91,6 +91,6 @@ class TrellisCodec(Codec):
 
     def _decoded(self, codes: torch.Tensor) -> torch.Tensor:
         """Values float32 [..., head_dim] of codes uint8 [..., bytes]."""
-        index = pair_windows(self.trellis).read(from_planes(codes, self.trellis))
+        index = read_pairs(codes, self.trellis)
         pairs = look_up(pair_table(self.trellis, str(codes.device)), index)
         return torch.view_as_real(pairs).reshape(*codes.shape[:-1], self.head_dim)

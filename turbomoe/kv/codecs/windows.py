@@ -6,12 +6,12 @@ The stream's 32-bit words are stored plane by plane (``to_planes``), or the bits
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
+from turbomoe.kv.codecs.lloydmax import look_up
 from turbomoe.kv.trellis_codebook import Trellis, codebook
 
 
@@ -50,22 +50,28 @@ def from_planes(codes: torch.Tensor, trellis: Trellis) -> torch.Tensor:
     words = trellis.group_words
     if words == 1 or codes.shape[-1] % (4 * words):
         return codes
-    planes = codes.unflatten(-1, (words, -1, 4))
     if trellis.magnitudes is not None:
-        # Eight steps at a time: their bits of each plane are moved apart, and lie in whole bytes together.
-        apart = _bits_apart(words, str(codes.device))
-        each = [apart[plane.int()] << place for place, plane in enumerate(planes.flatten(-2).unbind(-2))]
-        steps = functools.reduce(torch.bitwise_or, each)
-        return steps.unsqueeze(-1).view(torch.uint8)[..., :words].flatten(-2)
-    stream: torch.Tensor = planes.transpose(-3, -2).flatten(-3)
+        return _eight_steps(codes, words).unsqueeze(-1).view(torch.uint8)[..., :words].flatten(-2)
+    stream: torch.Tensor = codes.unflatten(-1, (words, -1, 4)).transpose(-3, -2).flatten(-3)
     return stream
 
 
+def _eight_steps(codes: torch.Tensor, step_bits: int) -> torch.Tensor:
+    """Eight steps at a time, whose bits lie in whole bytes together: int64 [..., steps / 8], from planes of bits."""
+    planes = codes.unflatten(-1, (step_bits, -1)).unbind(-2)
+    tables = _bits_apart(step_bits, str(codes.device))
+    found = look_up(tables[0], planes[0].int())
+    for table, plane in zip(tables[1:], planes[1:], strict=True):
+        found |= look_up(table, plane.int())
+    return found
+
+
 @lru_cache(maxsize=32)
-def _bits_apart(distance: int, device: str) -> torch.Tensor:
-    """Of every byte its bits ``distance`` apart: int64 [256]."""
+def _bits_apart(step_bits: int, device: str) -> torch.Tensor:
+    """Of every byte its bits as those of a plane in eight steps: int64 [planes, 256]."""
     places = torch.arange(8)
-    return ((torch.arange(256)[:, None] >> places & 1) << places * distance).sum(-1).to(device)
+    apart = ((torch.arange(256)[:, None] >> places & 1) << places * step_bits).sum(-1)
+    return (apart << torch.arange(step_bits)[:, None]).to(device)
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,12 @@ class PairWindows:
         words = columns[0].to(word)
         for place, column in enumerate(columns[1 : -(-span // 8)], start=1):
             words |= column.to(word) << 8 * place
-        windows: torch.Tensor = words.unsqueeze(-1) >> _multiples(self.stride, self.group, str(codes.device), word)
-        return windows.bitwise_and_((1 << self.bits) - 1)
+        return self.cut(words)
+
+    def cut(self, words: torch.Tensor) -> torch.Tensor:
+        """The windows in words [...] that each hold a group: [..., group]."""
+        each: torch.Tensor = words.unsqueeze(-1) >> _multiples(self.stride, self.group, str(words.device), words.dtype)
+        return each.bitwise_and_((1 << self.bits) - 1)
 
 
 @lru_cache(maxsize=32)
@@ -107,6 +117,15 @@ def pair_windows(trellis: Trellis) -> PairWindows:
     """One step where it yields two values, else two."""
     steps = 2 // trellis.values
     return PairWindows(trellis.window_bits + (steps - 1) * trellis.step_bits, steps * trellis.step_bits)
+
+
+def read_pairs(codes: torch.Tensor, trellis: Trellis) -> torch.Tensor:
+    """Codes uint8 [..., bytes], as they are stored, to windows [..., words, group] of two values each."""
+    pairs, words = pair_windows(trellis), trellis.group_words
+    if trellis.magnitudes is None or codes.shape[-1] % (4 * words):
+        return pairs.read(from_planes(codes, trellis))
+    steps = _eight_steps(codes, words)
+    return pairs.cut(steps | steps.roll(-1, -1) << 8 * words)
 
 
 @lru_cache(maxsize=32)
