@@ -102,7 +102,7 @@ def _arranged(x, G: tl.constexpr, FOR_SCORES: tl.constexpr, BYTES: tl.constexpr)
 
 @triton.jit
 def _next_group(first, codes, rows, index, GROUPS: tl.constexpr):
-    """For each group of ``index`` the word of the group after it, of GROUPS in a ring, that is like ``first``, its own.
+    """For each group of ``index`` the first word of the group after it, of GROUPS in a ring: like ``first``, its own.
 
     Read in aligned runs, as ``first`` is: a load one word off would be split, and come in another layout.
     """
@@ -156,20 +156,32 @@ def words(codes, rows, D: tl.constexpr, KIND: tl.constexpr, CHUNK: tl.constexpr,
     elif KIND == "tq3":
         high = _word(codes + D // 4, rows, index % (D // 32)) >> (index // (D // 32))[None, :]
         return first, high
+    elif KIND == "tcq2.5":
+        tl.static_assert(CHUNKS == 1, "planes are followed by those of the other chunk")
+        second, third = _word(codes, rows, GROUPS + index), _word(codes, rows, 2 * GROUPS + index)
+        fourth, fifth = _word(codes, rows, 3 * GROUPS + index), _word(codes, rows, 4 * GROUPS + index)
+        return first, second, third, fourth, fifth
     else:
         following = _next_group(first, codes, rows, index, GROUPS)
         if KIND == "tcq3":
             return first, _word(codes, rows, G * CHUNKS + index), _word(codes, rows, 2 * GROUPS + index), following
-        elif KIND == "tcq2.5":
-            # Planes of bits: each is followed by the same one of the next group.
-            planes, after = (first,), (following,)
-            for plane in tl.static_range(1, 5):
-                place = codes + 4 * GROUPS * plane
-                planes += (_word(place, rows, index),)
-                after += (_next_group(planes[plane], place, rows, index, GROUPS),)
-            return planes + after
         else:
             return first, following
+
+
+@triton.jit
+def _turned(planes):
+    """Of five planes [N, groups], all of a vector, the words of the group after each, in a ring.
+
+    The four threads of a vector hand them on: loaded again they would take registers, and come in another layout.
+    """
+    GROUPS: tl.constexpr = planes[0].shape[1]
+    after = (tl.arange(0, GROUPS) + 1) % GROUPS
+    after = tl.broadcast_to(after[None, :], planes[0].shape)
+    found = ()
+    for plane in tl.static_range(5):
+        found += (tl.gather(planes[plane], after, 1),)
+    return found
 
 
 @triton.jit
@@ -269,6 +281,8 @@ def _byte_registers(group, tables, KIND: tl.constexpr):
 def decoded(group, tables, KIND: tl.constexpr, FOR_SCORES: tl.constexpr):
     """[64, D / CHUNKS] of ``words`` and ``lookup``: what ``vectors`` returns."""
     BYTES: tl.constexpr = FOR_SCORES and are_bytes(KIND, OFFSETS)
+    if KIND == "tcq2.5":
+        group = group + _turned(group)
     registers = _byte_registers(group, tables, KIND) if BYTES else _registers(group, tables, KIND)
     return _in_row_order(_arranged(registers, group[0].shape[1], FOR_SCORES, BYTES))
 
