@@ -87,7 +87,7 @@ def expected(x: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     windows = search_fixed(spread.nan_to_num(nan=0.0), trellis)
     symbols = windows & (1 << trellis.step_bits) - 1
     chosen = codebook(trellis, str(x.device)).t()[windows].flatten(1)
-    codes = to_planes(pack_steps(symbols, trellis.step_bits), trellis.group_words)
+    codes = to_planes(pack_steps(symbols, trellis.step_bits), trellis)
     return codes, matched_scale(chosen, peak, norm)
 
 

@@ -77,7 +77,7 @@ def decoding(name: str) -> dict:
                     for_scores,
                     form == "asm",
                 )
-            values = (out.float() + byte_offset(name)) * byte_unit(name) if as_bytes else out.float()
+            values = (2 * out.float() + byte_offset(name)) * byte_unit(name) / 2 if as_bytes else out.float()
             worst[form] = max(worst[form], float((values - expected).abs().nan_to_num(1e9).max()))
     return {"decoding": name, **worst, "bad": max(worst.values()) > SIGMAS.get(name, 0.0)}
 

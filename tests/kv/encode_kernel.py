@@ -10,14 +10,25 @@ from turbomoe.kv import trellis_pairs
 from turbomoe.kv.codecs.scales import spread_out
 from turbomoe.kv.codecs.windows import pack_steps, to_planes
 from turbomoe.kv.kernels import encode, encode_pairs, encoding
-from turbomoe.kv.trellis_codebook import ALL, Lookup, Trellis, codebook
+from turbomoe.kv.trellis_codebook import ALL, Lookup, Magnitudes, Trellis, codebook
 from turbomoe.kv.trellis_fixed import fixed, search_fixed
 
 FIRST = Lookup(((0, ALL), (1, ALL), (3, ALL), (2, ALL)), (-40, 12, 25, -9, 38, -21, 3, -14))
 SECOND = Lookup(((2, ALL), (0, ALL), (1, 0x66)), (7, -26, 17, 30, -5, 11, -33, 2))
 TINY = [
     Trellis("three bits", 6, 3, 1, 4, (FIRST, SECOND)),
-    Trellis("three bits, pairs", 6, 3, 2, 8, (FIRST, SECOND)),
+    Trellis(
+        "three bits, pairs",
+        6,
+        3,
+        2,
+        0,
+        (),
+        Magnitudes(
+            ((33, 9, 20, 4, 1, 16), (18, 36, 42, 8, 32, 2)),
+            (11, 33, 63, 93, 117, 127, 141, 169),
+        ),
+    ),
 ]
 TINY_PAIRS = [
     Trellis("two bits", 4, 2, 1, 2, (FIRST, SECOND)),
@@ -54,7 +65,7 @@ def vectors(n: int, dim: int) -> torch.Tensor:
 def compare(trellis: Trellis, spread: torch.Tensor, codes: torch.Tensor, squares: torch.Tensor) -> None:
     windows = search_fixed(spread, trellis)
     stream = pack_steps(windows & (1 << trellis.step_bits) - 1, trellis.step_bits)
-    assert torch.equal(codes.view(torch.uint8), to_planes(stream, trellis.group_words)), trellis.name
+    assert torch.equal(codes.view(torch.uint8), to_planes(stream, trellis)), trellis.name
     want = codebook(trellis).t()[windows].flatten(1).square().sum(-1)
     torch.testing.assert_close(squares, want)
     print(trellis.name, "equal", flush=True)

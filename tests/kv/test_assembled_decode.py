@@ -57,6 +57,7 @@ def assembler(monkeypatch: pytest.MonkeyPatch) -> None:
         (256, "tq3", "tq4", (150,)),
         (256, "tq2", "tq2", (600, 41)),
         (64, "tcq2.5", "tcq3", (150, 0)),
+        (256, "tcq2.5", "tcq2.5", (150,)),
         (128, "tcq4", "tcq2", (150,)),
         (256, "tcq3", "tcq2", (150,)),
         (128, "q8_0", "tq3", (150,)),

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
 from tests.kv import ptx
+from tests.kv.ptx import Words
 from turbomoe.kv.codecs import make_codec
-from turbomoe.kv.kernels.layout import SCALAR_BITS, block, byte_offset, byte_unit, column_dims, step_pairs, table
-from turbomoe.kv.trellis_codebook import TRELLISES, codebook
+from turbomoe.kv.kernels.layout import SCALAR_BITS, block, byte_offset, byte_unit, column_dims, table, value_pairs
+from turbomoe.kv.trellis_codebook import TRELLISES, Trellis, codebook
 
 
 def values_of(registers: list[ptx.Words], name: str, for_scores: bool) -> np.ndarray:
     """By register and lane: of keys the bytes, from their offset and in their unit."""
     if not for_scores:
         return np.stack([ptx.halves(register) for register in registers], 1)
-    steps = np.stack([ptx.bytes_of(register) for register in registers], 1) + byte_offset(name)
-    return steps * byte_unit(name)
+    doubled = 2 * np.stack([ptx.bytes_of(register) for register in registers], 1) + byte_offset(name)
+    return doubled * (byte_unit(name) / 2)
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
@@ -60,21 +64,41 @@ def _column(shape: tuple[int, ...], groups: int, group: int, register: int, for_
     return lanes * ((place // run * threads + thread) * run + place % run)
 
 
+def read_word_by_word(words: Words, trellis: Trellis, step: int) -> npt.NDArray[np.int64]:
+    """The window of a step in a group and the words after it: [group_words + 1, n]."""
+    bits = sum(word << 32 * i for i, word in enumerate(words.astype(object)))
+    found: npt.NDArray[np.int64] = (bits >> step * trellis.step_bits & (trellis.states - 1)).astype(np.int64)
+    return found
+
+
+def read_plane_by_plane(words: Words, trellis: Trellis, step: int) -> npt.NDArray[np.int64]:
+    """As above, of the planes of two groups: [2 * group_words, n]."""
+    pairs = zip(words[: trellis.step_bits], words[trellis.step_bits :], strict=True)
+    both = [one.astype(np.int64) | following.astype(np.int64) << 32 for one, following in pairs]
+    bits = [plane >> step + i & 1 for i in (0, 1) for plane in both]
+    return np.sum([bit << place for place, bit in enumerate(bits)], 0)
+
+
 @pytest.mark.parametrize("for_scores", [False, True])
 @pytest.mark.parametrize("name", TRELLISES)
 def test_trellis_windows_find_their_values(name: str, for_scores: bool) -> None:
-    """Random streams: the values that the table has for every window of a group, in the lanes of ``step_pairs``."""
+    """Random streams: the values that the table has for every window of a group, in the lanes of ``value_pairs``."""
     trellis = TRELLISES[name]
-    words = np.random.default_rng(1).integers(0, 1 << 32, (trellis.group_words + 1, 3000), dtype=np.uint32)
+    read, count = (read_plane_by_plane, 10) if name == "tcq2.5" else (read_word_by_word, trellis.group_words + 1)
+    words = np.random.default_rng(1).integers(0, 1 << 32, (count, 3000), dtype=np.uint32)
     held = table(name)[trellis.values * trellis.states :].numpy().view(np.uint32)
-    registers = ptx.run(block(name, for_scores), [*words, *(np.full(3000, each) for each in held)])
-    table_of, stream = codebook(trellis).double().numpy(), words.astype(object)
-    bits = sum(word << 32 * i for i, word in enumerate(stream))
-    seen = set()
+    made = block(name, for_scores)
+    if name == "tcq2.5" and for_scores:
+        held = held[4:]
+    registers = ptx.run(made, [*words, *(np.full(3000, each) for each in held[: made.inputs - count])])
+    table_of, seen, pairs = codebook(trellis).double().numpy(), set(), value_pairs(trellis)
+    steps = 32 * trellis.group_words // trellis.step_bits
+    assert sorted(itertools.chain(*pairs)) == list(range(steps * trellis.values))
     values = values_of(registers, name, for_scores).reshape(3000, -1, 2)
-    for pair, steps in zip(values.swapaxes(0, 1), step_pairs(trellis), strict=True):
-        for lane, step in enumerate(steps):
-            window = (bits >> step * trellis.step_bits & (trellis.states - 1)).astype(np.int64)
-            assert np.array_equal(pair[:, lane], table_of[lane if trellis.values == 2 else 0, window])
+    for found, pair in zip(values.swapaxes(0, 1), pairs, strict=True):
+        for lane, place in enumerate(pair):
+            step, value = divmod(place, trellis.values)
+            window = read(words, trellis, step)
+            assert np.array_equal(found[:, lane], table_of[value, window])
             seen.update(window.tolist())
     assert len(seen) == trellis.states

@@ -41,7 +41,7 @@ from turbomoe.native.library import load_core
 from turbomoe.notices import Notice, board
 
 COST = "a minute or more"  # of a check
-CODES = 2  # raised when a codec's codes or the transform before them come to mean something else
+CODES = 3  # raised when a codec's codes or the transform before them come to mean something else
 
 
 class _NotMeasured(Exception):

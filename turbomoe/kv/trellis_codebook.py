@@ -6,7 +6,9 @@ stored, are those of arXiv 2406.11235; this computation is our own.)
 
 It is made for GPUs that permute bytes: bitwise functions of shifted copies of the stream leave three bits in each
 nibble, for eight values at once; each triple chooses one of eight bytes in a table, and the bytes of two or three
-tables are added. Shifts, functions and tables were searched together for the error of whole paths on Gaussian vectors.
+tables are added. Or (``Magnitudes``) the bits of 32 steps lie in planes, so that a bitwise function of any bits of a
+window serves 32 steps at once. Shifts, functions and tables were searched together for the error of whole paths on
+Gaussian vectors.
 """
 
 from __future__ import annotations
@@ -37,12 +39,25 @@ class Lookup:
 
 
 @dataclass(frozen=True)
+class Magnitudes:
+    """Sixteen levels: a sign and eight magnitudes, the outer ones for fewer windows than the inner ones.
+
+    Magnitudes are odd, in half of ``UNIT``: signed bytes b stand for 2 b + 1, and a complement changes the sign.
+    ``masks`` has six for each value of a step: the bits of a window whose exclusive or is the sign (1: negative), then
+    a, b, and c, d, e. Magnitude 2 a + b is chosen, or 4 + 2 d + e where a, b and c are all 1: the fourth for one window
+    in eight, the last four for one in 32 each.
+    """
+
+    masks: tuple[tuple[int, int, int, int, int, int], ...]
+    levels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Trellis:
-    """``step_bits`` new bits a step, ``values`` values a step, each the sum of what ``lookups`` find in its nibble.
+    """``step_bits`` new bits a step, ``values`` values a step: one by ``lookups``, the sum of what they find in its
+    nibble, or any number by ``magnitudes``.
 
     Lookups see the bits of a step ``field`` bits apart from the next one's, with zeros between: in whole nibbles.
-    Those after the first count only where the first one chose a level that ``gate`` has a bit for: so the outer levels
-    lie closer together than the number of table entries tells.
     """
 
     name: str
@@ -51,13 +66,16 @@ class Trellis:
     values: int
     field: int
     lookups: tuple[Lookup, ...]
-    gate: int = 0xFF
+    magnitudes: Magnitudes | None = None
 
     def __post_init__(self) -> None:
         """What the assembly takes for granted."""
-        for number, lookup in enumerate(self.lookups):
+        for lookup in self.lookups:
             assert lookup.function is None or all(mask == ALL for _, mask in lookup.taps[:3])
-            assert self.gate == 0xFF or number == 0 or min(lookup.levels) == 0
+        if self.magnitudes is None:
+            assert self.values == 1
+        else:
+            assert not self.lookups and len(self.magnitudes.masks) == self.values
 
     @property
     def states(self) -> int:
@@ -86,10 +104,9 @@ TRELLISES = {
             Lookup(((6, ALL), (-1, 0x66)), (30, 19, -14, -36, 10, -3, 64, 43)),
             Lookup(((4, ALL), (1, ALL)), (-22, -23, -7, -5, 16, -42, -14, -13)),
         )),
-        Trellis("tcq2.5", 10, 5, 2, 8, (
-            Lookup(((8, ALL), (1, ALL), (5, ALL), (-2, ALL)), (22, -34, -18, 6, -6, 18, 34, -90)),
-            Lookup(((1, ALL), (6, ALL), (-3, ALL)), (45, 24, 25, 40, 65, 36, 35, 0)),
-        ), gate=0x81),
+        Trellis("tcq2.5", 10, 5, 2, 0, (), Magnitudes((
+            (522, 82, 265, 1, 128, 512), (289, 140, 560, 4, 128, 2),
+        ), (11, 35, 65, 101, 95, 131, 137, 177))),
         Trellis("tcq3", 10, 3, 1, 4, (
             Lookup(((0, ALL), (9, ALL), (10, ALL)), (-5, 30, -50, -29, 18, -15, 6, 53)),
             Lookup(((9, ALL), (6, ALL), (0, ALL), (3, ALL)), (-74, 14, 60, -14, -29, -4, -1, 4), function=0xBF),
@@ -106,7 +123,7 @@ TRELLISES = {
 # million values with the search of ``trellis_search``; the standard error is about 0.1%.
 GAUSSIAN_NMSE = {
     "tcq2": {64: 0.0750, 128: 0.0753, 256: 0.0755},
-    "tcq2.5": {64: 0.0385, 128: 0.0391, 256: 0.0395},
+    "tcq2.5": {64: 0.0376, 128: 0.0382, 256: 0.0386},
     "tcq3": {64: 0.0192, 128: 0.0193, 256: 0.0194},
     "tcq4": {64: 0.00511, 128: 0.00519, 256: 0.00524},
 }
@@ -115,11 +132,28 @@ GAUSSIAN_NMSE = {
 @lru_cache(maxsize=32)
 def codebook(trellis: Trellis, device: str = "cpu") -> torch.Tensor:
     """The values of every window: float32 [values, states], each exact in half precision. Do not write to it."""
-    stream = _spread(torch.arange(trellis.states), trellis)
-    first, *others = (_found(stream, lookup, trellis.values) for lookup in trellis.lookups)
-    counts = torch.tensor([trellis.gate >> i & 1 for i in range(8)])[first[0]]
-    total = first[1] + counts * sum(levels for _, levels in others)
+    windows = torch.arange(trellis.states)
+    if trellis.magnitudes is not None:
+        total = _signed(windows, trellis.magnitudes) / 2
+    else:
+        stream = _spread(windows, trellis)
+        total = torch.stack([_found(stream, lookup) for lookup in trellis.lookups]).sum(0)[None]
     return (total * UNIT).float().to(device)
+
+
+def _signed(windows: torch.Tensor, magnitudes: Magnitudes) -> torch.Tensor:
+    """In half of ``UNIT``, int64 [values, windows]."""
+    shape = (len(magnitudes.masks), 6, len(windows))
+    sign, a, b, c, d, e = torch.stack([_parity(windows & m) for m in sum(magnitudes.masks, ())]).view(shape).unbind(1)
+    chosen = torch.where(a & b & c == 1, 4 + 2 * d + e, 2 * a + b)
+    return torch.tensor(magnitudes.levels)[chosen] * (1 - 2 * sign)
+
+
+def _parity(x: torch.Tensor) -> torch.Tensor:
+    """The exclusive or of the 16 lowest bits."""
+    for half in (8, 4, 2, 1):
+        x = x ^ x >> half
+    return x & 1
 
 
 @cache  # descriptions for the C core hold its address
@@ -142,16 +176,14 @@ def _spread(windows: torch.Tensor, trellis: Trellis) -> torch.Tensor:
     return found
 
 
-def _found(stream: torch.Tensor, lookup: Lookup, values: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which level each value finds and what it is, int64 [values, windows] both."""
+def _found(stream: torch.Tensor, lookup: Lookup) -> torch.Tensor:
+    """The level of each window, int64 [windows]."""
     seen = [(stream >> shift if shift >= 0 else stream << -shift) & mask for shift, mask in lookup.taps]
     if lookup.function is not None:
         a, b, c, *seen = seen
         terms = [_minterm(n, a, b, c) for n in range(8) if lookup.function >> n & 1]
         seen.append(functools.reduce(torch.bitwise_or, terms))
-    chosen = functools.reduce(torch.bitwise_xor, seen) & ALL
-    index = torch.stack([chosen >> 4 * value & 7 for value in range(values)])
-    return index, torch.tensor(lookup.levels)[index]
+    return torch.tensor(lookup.levels)[functools.reduce(torch.bitwise_xor, seen) & 7]
 
 
 def _minterm(n: int, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:

@@ -12,13 +12,14 @@ from turbomoe.errors import SettingsError
 from turbomoe.kv.base import Codec, Plane
 from turbomoe.kv.codecs.lloydmax import look_up
 from turbomoe.kv.codecs.scales import matched_scale, spread_out
-from turbomoe.kv.codecs.windows import from_planes, pack_steps, pair_table, pair_windows, to_planes
+from turbomoe.kv.codecs.windows import pack_steps, pair_table, read_pairs, to_planes
 from turbomoe.kv.trellis_codebook import TRELLISES, by_dropped_bits, codebook
 from turbomoe.kv.trellis_search import search
 from turbomoe.native.library import Core, load_core
 from turbomoe.native.trellis import encode
 
 SMALLEST, LARGEST = 32, 512  # values of a head
+VERSIONS = {"tcq2.5": 3}  # other codebooks in 1; tcq2.5's has its bits in planes since 3
 HEAD_SIZES = (64, 128, 256)  # that the GPU's search takes
 
 
@@ -26,17 +27,17 @@ class TrellisCodec(Codec):
     """Exactly ``step_bits / values`` bits a coordinate in one circular stream, and an fp16 scale a vector.
 
     Bit b of the stream is bit b % 8 of byte b // 8; the window of step i is bits [step_bits * i, step_bits * i +
-    window_bits), modulo the length. ``windows.to_planes`` says in which order its words are stored. A vector with a NaN
-    or an infinity has the codes of a zero vector and decodes to NaN throughout, a zero vector to zeros. Scales saturate
-    and vanish as those of tq2, tq3 and tq4 do.
+    window_bits), modulo the length. ``windows.to_planes`` says in which order its words or bits are stored. A vector
+    with a NaN or an infinity has the codes of a zero vector and decodes to NaN throughout, a zero vector to zeros.
+    Scales saturate and vanish as those of tq2, tq3 and tq4 do.
     """
 
     rotated = True
-    version = 2  # other codebooks in 1
 
     def __init__(self, name: str, head_dim: int) -> None:
         super().__init__(head_dim)
         self.name, self.trellis = name, TRELLISES[name]
+        self.version = VERSIONS.get(name, 2)
         if not SMALLEST <= head_dim <= LARGEST or head_dim & (head_dim - 1):
             raise SettingsError(
                 f"{name} cannot store heads of {head_dim} values",
@@ -72,7 +73,7 @@ class TrellisCodec(Codec):
         windows = search(spread.nan_to_num(nan=0.0).reshape(-1, self.head_dim), self.trellis)
         chosen = self._values(windows).view(x.shape)
         stream = pack_steps(windows & (1 << self.trellis.step_bits) - 1, self.trellis.step_bits)
-        codes = to_planes(stream, self.trellis.group_words)
+        codes = to_planes(stream, self.trellis)
         return codes.view(*x.shape[:-1], codes.shape[-1]), matched_scale(chosen, peak, norm)
 
     def decode(self, planes: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -90,6 +91,6 @@ class TrellisCodec(Codec):
 
     def _decoded(self, codes: torch.Tensor) -> torch.Tensor:
         """Values float32 [..., head_dim] of codes uint8 [..., bytes]."""
-        index = pair_windows(self.trellis).read(from_planes(codes, self.trellis.group_words))
+        index = read_pairs(codes, self.trellis)
         pairs = look_up(pair_table(self.trellis, str(codes.device)), index)
         return torch.view_as_real(pairs).reshape(*codes.shape[:-1], self.head_dim)

@@ -39,7 +39,7 @@ def half2(value: float) -> str:
     return f"0x{bits:04x}{bits:04x}"
 
 
-class _Writer:
+class Writer:
     """Lines of PTX with scratch registers named on demand."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -72,7 +72,7 @@ class _Writer:
         return Block("{\n" + "\n".join([registers, *constants, *self._lines]) + "\n}", self.inputs, self.outputs)
 
 
-def _masked(w: _Writer, word: str, mask: str, base: str) -> str:
+def _masked(w: Writer, word: str, mask: str, base: str) -> str:
     """(word & mask) | base, in one instruction.
 
     Written out: left alone, the assembler makes two of it, each with a constant inside, and this pipe is half as wide.
@@ -80,7 +80,7 @@ def _masked(w: _Writer, word: str, mask: str, base: str) -> str:
     return w.op("lop3.b32", word, w.constant(mask), base, "0xea")
 
 
-def _shifted(w: _Writer, word: str, right: int) -> str:
+def _shifted(w: Writer, word: str, right: int) -> str:
     if right == 0:
         return word
     return w.op("shr.b32", word, str(right)) if right > 0 else w.op("shl.b32", word, str(-right))
@@ -106,7 +106,7 @@ def scalar(bits: int) -> Block:
     """
     words = 2 if bits == 3 else 1
     each = 1 if bits == 2 else 2
-    w = _Writer(words + 2 * each, 4 if bits == 4 else 8)
+    w = Writer(words + 2 * each, 4 if bits == 4 else 8)
     low, high = ([w.word(words + side * each + i) for i in (0, each - 1)] for side in (0, 1))
     if bits == 4:
         _sixteen(w, low, high)
@@ -128,7 +128,7 @@ def scalar_bytes(bits: int) -> Block:
     which are zeros here, so each table answers for its own half and what they say is joined.
     """
     words, table = (2 if bits == 3 else 1), max(1, (1 << bits) // 4)
-    w = _Writer(words + table, 2 if bits == 4 else 4)
+    w = Writer(words + table, 2 if bits == 4 else 4)
     tables = [w.word(words + i) for i in range(table)]
     if bits == 4:
         other = w.op("xor.b32", w.word(0), w.constant("0x88888888"))
@@ -144,7 +144,7 @@ def scalar_bytes(bits: int) -> Block:
     return w.block()
 
 
-def _nibbles(w: _Writer, bits: int, j: int) -> str:
+def _nibbles(w: Writer, bits: int, j: int) -> str:
     """In nibble n the code of 2 or 3 bits at bits 2 j or 2 j + 4 of byte n // 2."""
     chosen = w.op("and.b32", _shifted(w, w.word(0), 2 * j), w.constant("0x33333333"))
     if bits == 3:
@@ -152,12 +152,12 @@ def _nibbles(w: _Writer, bits: int, j: int) -> str:
     return chosen
 
 
-def _bytes_of(w: _Writer, low: list[str], high: list[str], chosen: str) -> tuple[str, str]:
+def _bytes_of(w: Writer, low: list[str], high: list[str], chosen: str) -> tuple[str, str]:
     """The low and the high bytes of the levels that the lowest four nibbles choose."""
     return w.op("prmt.b32", *low, chosen), w.op("prmt.b32", *high, chosen)
 
 
-def _up_to_eight(w: _Writer, bits: int, low: list[str], high: list[str]) -> None:
+def _up_to_eight(w: Writer, bits: int, low: list[str], high: list[str]) -> None:
     """Half of the nibbles serve two bytes."""
     for j in (0, 1):
         chosen = _nibbles(w, bits, j)
@@ -167,7 +167,7 @@ def _up_to_eight(w: _Writer, bits: int, low: list[str], high: list[str]) -> None
                 w.op("prmt.b32", *found, _BYTES[k], to=f"${2 * (j + 2 * k) + half}")
 
 
-def _sixteen(w: _Writer, low: list[str], high: list[str]) -> None:
+def _sixteen(w: Writer, low: list[str], high: list[str]) -> None:
     """A code's place among the positive levels is code - 8, or 7 - code if it is less than 8."""
     word = w.word(0)
     top = w.op("and.b32", word, w.constant("0x88888888"))
@@ -187,13 +187,8 @@ _BYTES = ("0x6240", "0x7351")  # of low and high bytes the first and third, or t
 
 
 def level_tables(trellis: Trellis) -> bytes:
-    """What ``trellis`` looks up, 8 bytes each: the levels of a table, counted from its lowest; behind the first, where
-    some of its levels shut out the others', which do not.
-    """
-    tables = [bytes(level - min(lookup.levels) for level in lookup.levels) for lookup in trellis.lookups]
-    if trellis.gate != 0xFF:
-        tables.insert(1, bytes(0xFF * (trellis.gate >> i & 1) for i in range(8)))
-    return b"".join(tables)
+    """What ``trellis`` looks up, 8 bytes each: the levels of a table, counted from its lowest."""
+    return b"".join(bytes(level - min(lookup.levels) for level in lookup.levels) for lookup in trellis.lookups)
 
 
 def lowest(trellis: Trellis) -> int:
@@ -209,15 +204,16 @@ def trellis(trellis: Trellis, as_bytes: bool = False) -> Block:
     value is (byte + 128 + ``lowest``) * ``UNIT``.
     """
     words, size = trellis.group_words, len(level_tables(trellis)) // 4
-    batches = 4 * words * trellis.values // trellis.step_bits
-    w = _Writer(words + 1 + size, (2 if as_bytes else 4) * batches)
+    batches = 4 * words // trellis.step_bits
+    w = Writer(words + 1 + size, (2 if as_bytes else 4) * batches)
     tables = [[w.word(words + 1 + i), w.word(words + 2 + i)] for i in range(0, size, 2)]
     stream = _Stream(w, trellis)
     for batch in range(batches):
         chosen = [_chosen(w, stream, batch, lookup) for lookup in trellis.lookups]
         for half in (0, 1):
             here = [_shifted(w, index, 16 * half) for index in chosen]
-            total = _sum_of_levels(w, tables, here, gated=trellis.gate != 0xFF)
+            found = [w.op("prmt.b32", *table, index) for table, index in zip(tables, here, strict=True)]
+            total = functools.reduce(lambda a, b: w.op("add.u32", a, b), found)
             if as_bytes:
                 w.op("xor.b32", total, w.constant("0x80808080"), to=f"${2 * batch + half}")
             else:
@@ -225,7 +221,7 @@ def trellis(trellis: Trellis, as_bytes: bool = False) -> Block:
     return w.block()
 
 
-def _to_halves(w: _Writer, total: str, lowest: int, register: int) -> None:
+def _to_halves(w: Writer, total: str, lowest: int, register: int) -> None:
     """Four bytes to two registers of values."""
     unit, shift = w.constant(half2(UNIT)), w.constant(half2((lowest - 1024) * UNIT))
     for k, bytes_ in enumerate(("0x4140", "0x4342")):
@@ -233,20 +229,10 @@ def _to_halves(w: _Writer, total: str, lowest: int, register: int) -> None:
         w.op("fma.rn.f16x2", number, unit, shift, to=f"${register + k}")
 
 
-def _sum_of_levels(w: _Writer, tables: list[list[str]], chosen: list[str], gated: bool) -> str:
-    """Four bytes: what the lowest four nibbles of each of ``chosen`` find."""
-    if gated:
-        chosen = [chosen[0], *chosen]
-    found = [w.op("prmt.b32", *table, index) for table, index in zip(tables, chosen, strict=True)]
-    if gated:
-        found = [found[0], *(w.op("and.b32", levels, found[1]) for levels in found[2:])]
-    return functools.reduce(lambda a, b: w.op("add.u32", a, b), found)
-
-
 class _Stream:
     """The bits of a group of words with steps ``field`` bits apart, 32 at a time from any place on."""
 
-    def __init__(self, w: _Writer, trellis: Trellis) -> None:
+    def __init__(self, w: Writer, trellis: Trellis) -> None:
         self._w, self._trellis = w, trellis
         self._known: dict[int, str] = {}
 
@@ -290,7 +276,7 @@ class _Stream:
         return x
 
 
-def _chosen(w: _Writer, stream: _Stream, batch: int, lookup: Lookup) -> str:
+def _chosen(w: Writer, stream: _Stream, batch: int, lookup: Lookup) -> str:
     """Three bits in each nibble."""
     everywhere = [stream.batch(batch, shift) for shift, mask in lookup.taps if mask == ALL]
     if lookup.function is not None or len(everywhere) > 2:

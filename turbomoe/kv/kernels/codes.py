@@ -40,7 +40,7 @@ def are_bytes(kind, offsets):
 
 @triton.constexpr_function
 def of_kind(kind, each):
-    """Its own of ``OFFSETS`` or ``UNITS``: a value is a byte and its offset, times the unit."""
+    """Its own of ``OFFSETS`` or ``UNITS``: a value is twice a byte and the offset, times half of the unit."""
     return each[kind]
 
 
@@ -158,16 +158,32 @@ def words(codes, rows, D: tl.constexpr, KIND: tl.constexpr, CHUNK: tl.constexpr,
     elif KIND == "tq3":
         high = _word(codes + D // 4, rows, index % (D // 32)) >> (index // (D // 32))[None, :]
         return first, high
+    elif KIND == "tcq2.5":
+        tl.static_assert(CHUNKS == 1, "planes are followed by those of the other chunk")
+        second, third = _word(codes, rows, GROUPS + index), _word(codes, rows, 2 * GROUPS + index)
+        fourth, fifth = _word(codes, rows, 3 * GROUPS + index), _word(codes, rows, 4 * GROUPS + index)
+        return first, second, third, fourth, fifth
     else:
         following = _next_group(first, codes, rows, index, GROUPS)
         if KIND == "tcq3":
             return first, _word(codes, rows, G * CHUNKS + index), _word(codes, rows, 2 * GROUPS + index), following
-        elif KIND == "tcq2.5":
-            second, third = _word(codes, rows, GROUPS + index), _word(codes, rows, 2 * GROUPS + index)
-            fourth, fifth = _word(codes, rows, 3 * GROUPS + index), _word(codes, rows, 4 * GROUPS + index)
-            return first, second, third, fourth, fifth, following
         else:
             return first, following
+
+
+@triton.jit
+def _turned(planes):
+    """Of five planes [N, groups], all of a vector, the words of the group after each, in a ring.
+
+    The four threads of a vector hand them on: loaded again they would take registers, and come in another layout.
+    """
+    GROUPS: tl.constexpr = planes[0].shape[1]
+    after = (tl.arange(0, GROUPS) + 1) % GROUPS
+    after = tl.broadcast_to(after[None, :], planes[0].shape)
+    found = ()
+    for plane in tl.static_range(5):
+        found += (tl.gather(planes[plane], after, 1),)
+    return found
 
 
 @triton.jit
@@ -218,8 +234,8 @@ def _registers(group, tables, KIND: tl.constexpr):
         ) = tl.inline_asm_elementwise(
             TCQ25_TEXT, TCQ25_REGISTERS,
             [
-                group[0], group[1], group[2], group[3], group[4], group[5], tables[0], tables[1], tables[2], tables[3],
-                tables[4], tables[5],
+                group[0], group[1], group[2], group[3], group[4], group[5], group[6], group[7], group[8], group[9],
+                tables[0], tables[1], tables[2], tables[3],
             ],
             dtype=(tl.int32,) * 32, is_pure=True, pack=1,
         )  # fmt: skip
@@ -272,7 +288,7 @@ def _byte_registers(group, tables, KIND: tl.constexpr):
         r0, r1, r2, r3, r4, r5, r6, r7, r8, r9, r10, r11, r12, r13, r14, r15 = tl.inline_asm_elementwise(
             TCQ25_BYTES, TCQ25_BYTE_REGISTERS,
             [
-                group[0], group[1], group[2], group[3], group[4], group[5], tables[0], tables[1], tables[2], tables[3],
+                group[0], group[1], group[2], group[3], group[4], group[5], group[6], group[7], group[8], group[9],
                 tables[4], tables[5],
             ],
             dtype=(tl.int32,) * 16, is_pure=True, pack=1,
@@ -284,8 +300,37 @@ def _byte_registers(group, tables, KIND: tl.constexpr):
 def decoded(group, tables, KIND: tl.constexpr, FOR_SCORES: tl.constexpr):
     """[64, D / CHUNKS] of ``words`` and ``lookup``: what ``vectors`` returns."""
     BYTES: tl.constexpr = FOR_SCORES and are_bytes(KIND, OFFSETS)
+    if KIND == "tcq2.5":
+        group = group + _turned(group)
     registers = _byte_registers(group, tables, KIND) if BYTES else _registers(group, tables, KIND)
     return _in_row_order(_arranged(registers, group[0].shape[1], FOR_SCORES, BYTES))
+
+
+@triton.jit
+def _window(codes, rows, step, D: tl.constexpr, KIND: tl.constexpr):
+    """The windows int32 [N, W] of these steps, of one value each."""
+    WINDOW: tl.constexpr = 9 if KIND == "tcq2" else 10
+    STEP: tl.constexpr = 2 if KIND == "tcq2" else (3 if KIND == "tcq3" else 4)
+    WORDS_: tl.constexpr = D * STEP // 32
+    # Word n of the stream lies in plane n % PLANES.
+    PLANES: tl.constexpr = 3 if KIND == "tcq3" else 1
+    bit = step * STEP
+    n, m = bit // 32, (bit // 32 + 1) % WORDS_
+    low = _word(codes, rows, n % PLANES * (WORDS_ // PLANES) + n // PLANES).to(tl.int64) & 0xFFFFFFFF
+    high = _word(codes, rows, m % PLANES * (WORDS_ // PLANES) + m // PLANES).to(tl.int64) << 32
+    return (((low | high) >> (bit % 32).to(tl.int64)[None, :]) & ((1 << WINDOW) - 1)).to(tl.int32)
+
+
+@triton.jit
+def _window_in_planes(codes, rows, step, D: tl.constexpr):
+    """The windows int32 [N, W] of these steps of tcq2.5: five bits of each, then five of the step after it."""
+    after = (step + 1) % (D // 2)
+    code = tl.zeros((rows.shape[0], step.shape[0]), tl.int32)
+    for plane in tl.static_range(5):
+        first = plane * (D // 64)
+        code |= ((_word(codes, rows, first + step // 32) >> (step % 32)[None, :]) & 1) << plane
+        code |= ((_word(codes, rows, first + after // 32) >> (after % 32)[None, :]) & 1) << (5 + plane)
+    return code
 
 
 @triton.jit
@@ -302,18 +347,9 @@ def _looked_up(codes, rows, dims, table, D: tl.constexpr, KIND: tl.constexpr):
         low = (byte >> (dims // (D // 4) * 2)[None, :]) & 3
         code = low | (((high >> (dims // (D // 8))[None, :]) & 1) << 2)
     else:
-        WINDOW: tl.constexpr = 9 if KIND == "tcq2" else 10
-        STEP: tl.constexpr = 2 if KIND == "tcq2" else (3 if KIND == "tcq3" else (4 if KIND == "tcq4" else 5))
-        VALUES: tl.constexpr = 2 if KIND == "tcq2.5" else 1
-        bit = dims // VALUES * STEP
-        WORDS_: tl.constexpr = D // VALUES * STEP // 32
-        # Word n of the stream lies in plane n % PLANES.
-        PLANES: tl.constexpr = 3 if KIND == "tcq3" else (5 if KIND == "tcq2.5" else 1)
-        n, m = bit // 32, (bit // 32 + 1) % WORDS_
-        low = _word(codes, rows, n % PLANES * (WORDS_ // PLANES) + n // PLANES).to(tl.int64) & 0xFFFFFFFF
-        high = _word(codes, rows, m % PLANES * (WORDS_ // PLANES) + m // PLANES).to(tl.int64) << 32
-        code = (((low | high) >> (bit % 32).to(tl.int64)[None, :]) & ((1 << WINDOW) - 1)).to(tl.int32)
-        code = code + (dims % VALUES << WINDOW)[None, :]
+        code = _window_in_planes(codes, rows, dims // 2, D) if KIND == "tcq2.5" else _window(codes, rows, dims, D, KIND)
+        if KIND == "tcq2.5":
+            code = code + (dims % 2 << 10)[None, :]
     return tl.load(table + code)
 
 
@@ -342,6 +378,6 @@ def vectors(
         return decoded(words(codes, rows, D, KIND, CHUNK, CHUNKS), lookup(table, KIND), KIND, FOR_SCORES)
     x = _looked_up(codes, rows, dims, table, D, KIND)
     if FOR_SCORES and are_bytes(KIND, OFFSETS):
-        steps = tl.floor(x.to(tl.float32) / of_kind(KIND, UNITS) + 0.5)
-        x = (steps - of_kind(KIND, OFFSETS)).to(tl.int8)
+        steps = tl.floor(x.to(tl.float32) * (2 / of_kind(KIND, UNITS)) + 0.5)
+        x = ((steps - of_kind(KIND, OFFSETS)) * 0.5).to(tl.int8)
     return _in_row_order(x)

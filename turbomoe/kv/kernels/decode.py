@@ -84,7 +84,7 @@ def prepare(
             tl.store(turned + 2 * row * D + column, high.to(tl.int8))
             tl.store(turned + (2 * row + 1) * D + column, (whole - high * 128).to(tl.int8))
             tl.store(lifts + row, tl.sum(whole, 0) * of_kind(K_KIND, OFFSETS))
-            tl.store(factors + row, safe * scale * (LOG2E * of_kind(K_KIND, UNITS) / LARGEST_QUERY))
+            tl.store(factors + row, safe * scale * (LOG2E * of_kind(K_KIND, UNITS) / 2 / LARGEST_QUERY))
         else:
             tl.store(turned + row * D + column, (x / safe).to(tl.float16))
             tl.store(factors + row, safe * scale * LOG2E)
@@ -183,9 +183,11 @@ def _queries(turned, first_row, column, GROUP: tl.constexpr, D: tl.constexpr, BY
 
 @triton.jit
 def _summed(products, lift):
-    """int32 products [64, 2 * QUERIES] of both bytes of queries, with the offset of keys: float32 [64, QUERIES]."""
+    """int32 products [64, 2 * QUERIES] of both bytes of queries, doubled and with the offset of keys: float32 [64,
+    QUERIES].
+    """
     high, low = tl.split(tl.permute(tl.reshape(products, (PAGE, 2, QUERIES)), (0, 2, 1)))
-    return (high * 128 + low + lift[None, :]).to(tl.float32)
+    return (high * 256 + low * 2 + lift[None, :]).to(tl.float32)
 
 
 @triton.jit

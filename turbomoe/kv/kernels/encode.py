@@ -178,6 +178,15 @@ def _placed(bits, at, KB: tl.constexpr):
 
 
 @triton.jit
+def _stored(bits, step, word: tl.constexpr, VALUES: tl.constexpr, KB: tl.constexpr):
+    """What this step of a group puts into this of its words: where steps have two values, their bits lie in planes."""
+    if VALUES == 2:
+        return ((bits >> word) & 1) << step
+    else:
+        return _placed(bits, step * KB - 32 * word, KB)
+
+
+@triton.jit
 def _write(
     codes, table, kept, last, row, inside, STEPS, ROW: tl.constexpr, VALUES: tl.constexpr, KB: tl.constexpr,
     G: tl.constexpr, WORDS: tl.constexpr,
@@ -205,7 +214,7 @@ def _write(
                     squares += value * value
                 joined = ()
                 for w in tl.static_range(WORDS):
-                    joined = joined + (stream[w] | _placed(state & ((1 << KB) - 1), step * KB - 32 * w, KB),)
+                    joined = joined + (stream[w] | _stored(state & ((1 << KB) - 1), step, w, VALUES, KB),)
                 stream = joined
         for w in tl.static_range(WORDS):
             tl.store(codes + row * (RUNS * WORDS) + w * RUNS + at, stream[w], mask=inside)

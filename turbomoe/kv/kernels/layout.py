@@ -1,6 +1,7 @@
 """How the decoding kernels lay a vector out: which codes share a register, and which dim stands in which column.
 
-Read with ``assembly.py``, which decodes a group of words, and ``codes.py``, which moves the registers into a tile.
+Read with ``assembly.py`` and ``plane_assembly.py``, which decode a group of words, and ``codes.py``, which moves the
+registers into a tile.
 """
 
 from __future__ import annotations
@@ -10,18 +11,17 @@ import functools
 import torch
 
 from turbomoe.kv.codebooks import STEPS, levels
-from turbomoe.kv.kernels import assembly
+from turbomoe.kv.kernels import assembly, plane_assembly
 from turbomoe.kv.trellis_codebook import TRELLISES, UNIT, Trellis, codebook
 
 SCALAR_BITS = {"tq2": 2, "tq3": 3, "tq4": 4}
 
 
-def step_pairs(trellis: Trellis) -> list[tuple[int, int]]:
-    """The steps of a group of words that share a register: neighbours in a batch of eight values."""
-    steps = 32 * trellis.group_words // trellis.step_bits
-    if trellis.values == 2:
-        return [(i, i) for i in range(steps)]
-    turns = trellis.turns
+def value_pairs(trellis: Trellis) -> list[tuple[int, int]]:
+    """The values of a group of words that share a register: neighbours in a batch of eight, or as planes have them."""
+    if trellis.magnitudes is not None:
+        return plane_assembly.pairs(trellis)
+    steps, turns = 32 * trellis.group_words // trellis.step_bits, trellis.turns
     batches = [range(first + turn, first + 8 * turns, turns) for first in range(0, steps, 8 * turns)
                for turn in range(turns)]  # fmt: skip
     return [(batch[i], batch[i + 1]) for batch in batches for i in range(0, 8, 2)]
@@ -31,7 +31,8 @@ def block(name: str, for_scores: bool = False) -> assembly.Block:
     """The assembly that decodes a group of words of this codec: to pairs of halves, or four bytes (``in_bytes``)."""
     if name in SCALAR_BITS:
         return (assembly.scalar_bytes if for_scores else assembly.scalar)(SCALAR_BITS[name])
-    return assembly.trellis(TRELLISES[name], as_bytes=for_scores)
+    trellis = TRELLISES[name]
+    return (assembly.trellis if trellis.magnitudes is None else plane_assembly.planes)(trellis, as_bytes=for_scores)
 
 
 def in_bytes(name: str) -> bool:
@@ -43,10 +44,11 @@ def in_bytes(name: str) -> bool:
 
 
 def byte_offset(name: str) -> int:
-    """What is added to a byte of such keys, to be a value in units of ``byte_unit``."""
+    """What is added to twice a byte of such keys, to be a value in half of ``byte_unit``."""
     if name in SCALAR_BITS:
-        return -assembly.OF_SIXTEEN if name == "tq4" else 0
-    return 128 + assembly.lowest(TRELLISES[name])
+        return -2 * assembly.OF_SIXTEEN if name == "tq4" else 0
+    trellis = TRELLISES[name]
+    return 1 if trellis.magnitudes is not None else 2 * (128 + assembly.lowest(trellis))
 
 
 def byte_unit(name: str) -> float:
@@ -56,8 +58,7 @@ def byte_unit(name: str) -> float:
 def _group_dims(name: str, head_dim: int, as_bytes: bool) -> torch.Tensor:
     """int64 [registers, 2], or 4 where they are bytes: the dims of the first group, by register and lane."""
     if name in TRELLISES:
-        pairs = torch.tensor(step_pairs(TRELLISES[name]))
-        dims = pairs if TRELLISES[name].values == 1 else 2 * pairs + torch.tensor([0, 1])
+        dims = torch.tensor(value_pairs(TRELLISES[name]))
         return dims.view(-1, 4) if as_bytes else dims
     if as_bytes:  # nibbles of a word, of which two codes of 2 bits share one
         nibble, slots = torch.arange(8).view(2, 4), 1 if name == "tq4" else 2
@@ -120,7 +121,10 @@ def table(name: str, for_scores: bool = False, device: str = "cpu") -> torch.Ten
     Levels are a trellis codebook, by value and window, or those of a scalar codec, by code.
     """
     if name in TRELLISES:
-        known, bytes_ = codebook(TRELLISES[name]).flatten().half(), assembly.level_tables(TRELLISES[name])
+        trellis = TRELLISES[name]
+        in_planes = trellis.magnitudes is not None
+        known = codebook(trellis).flatten().half()
+        bytes_ = (plane_assembly if in_planes else assembly).level_tables(trellis)
     elif name in SCALAR_BITS:
         found = levels(SCALAR_BITS[name])
         known, bytes_ = torch.tensor(found, dtype=torch.float16), assembly.byte_tables(found)

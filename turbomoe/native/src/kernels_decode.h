@@ -72,10 +72,11 @@ INLINE void spread_codes(int kind, const uint8_t *codes, long dim, uint8_t *to)
 }
 
 /* Between a stream of steps of `step` bits and the order in which its 32-bit words are stored: of all groups of the fewest
- * words that hold whole steps first all first ones (kv/codecs/windows.py). Streams of no whole groups stay as they are. */
+ * words that hold whole steps first all first ones (kv/codecs/windows.py). Streams of no whole groups stay as they are, and
+ * so do those of five bits here. */
 INLINE void reorder(const int step, const uint8_t *from, uint8_t *to, long bytes, const int store)
 {
-    const long words = step % 2 ? step : 1;
+    const long words = step == 3 ? 3 : 1;
     long groups = bytes / (4 * words);
     if (words == 1 || bytes % (4 * words)) {
         memcpy(to, from, (size_t)bytes);
@@ -106,12 +107,48 @@ INLINE void follow(const int step, const int window, const int values, stored s,
     }
 }
 
+enum { PLANES = 5 }; /* bits of a step of tcq2.5, which are stored apart (kv/codecs/windows.py) */
+
+/* The bits of every byte, five apart. */
+#define APART_1(n) ((n) & 1ull) | ((n) & 2ull) << 4 | ((n) & 4ull) << 8 | ((n) & 8ull) << 12
+#define APART(n) (APART_1(n)) | (APART_1((n) >> 4)) << 20
+#define APART_4(n) APART(n), APART(n + 1), APART(n + 2), APART(n + 3)
+#define APART_16(n) APART_4(n), APART_4(n + 4), APART_4(n + 8), APART_4(n + 12)
+#define APART_64(n) APART_16(n), APART_16(n + 16), APART_16(n + 32), APART_16(n + 48)
+static const uint64_t bits_apart[256] = {APART_64(0), APART_64(64), APART_64(128), APART_64(192)};
+
+/* Eight steps of five bits, from byte `at` of every plane of `bytes` bytes; the planes of a group are cut into words. */
+INLINE uint64_t eight_steps(const uint8_t *codes, long bytes, long at)
+{
+    uint64_t found = 0;
+    UNROLL for (int p = 0; p < PLANES; p++)
+        found |= bits_apart[codes[p * bytes + at]] << p;
+    return found;
+}
+
+/* `follow` for tcq2.5: from planes, where a vector has whole groups of 32 steps. */
+INLINE void follow_planes(stored s, const float *codebook, long dim, float *to)
+{
+    if (dim % 64) {
+        follow(PLANES, 10, 2, s, codebook, dim, to);
+        return;
+    }
+    long bytes = dim / 16;
+    uint64_t first = eight_steps(s.codes, bytes, 0), here = first;
+    for (long at = 1; at <= bytes; at++, to += 16) {
+        uint64_t next = at < bytes ? eight_steps(s.codes, bytes, at) : first, word = here | next << 40;
+        UNROLL for (int i = 0; i < 8; i++)
+            memcpy(to + 2 * i, codebook + 2 * (word >> PLANES * i & 1023), 2 * sizeof *to);
+        here = next;
+    }
+}
+
 INLINE void follow_any(stored s, const float *codebook, long dim, float *to)
 {
     if (s.kind == TM_KV_TCQ2)
         follow(2, 9, 1, s, codebook, dim, to);
     else if (s.kind == TM_KV_TCQ2_5)
-        follow(5, 10, 2, s, codebook, dim, to);
+        follow_planes(s, codebook, dim, to);
     else if (s.kind == TM_KV_TCQ3)
         follow(3, 10, 1, s, codebook, dim, to);
     else

@@ -156,6 +156,17 @@ INLINE void pack_steps(const int step, const int *windows, int steps, uint8_t *c
     reorder(step, stream, codes, at - stream, 1);
 }
 
+INLINE void pack_planes(const int *windows, int steps, uint8_t *codes)
+{
+    for (int p = 0; p < PLANES; p++)
+        for (int i = 0; i < steps; i += 8) {
+            int byte = 0;
+            for (int j = 0; j < 8; j++)
+                byte |= (windows[i + j] >> p & 1) << j;
+            *codes++ = (uint8_t)byte;
+        }
+}
+
 INLINE void encode_one(
     const int step, const int groups, const int values, const tm_trellis *job, long row, float *history)
 {
@@ -163,7 +174,11 @@ INLINE void encode_one(
     float spread[TM_TRELLIS_DIM], norm;
     float peak = spread_out(job->x + row * dim, dim, spread, &norm);
     best_circle(step, groups, values, job, spread, history, windows);
-    pack_steps(step, windows, steps, job->codes + row * (steps * step / 8));
+    uint8_t *codes = job->codes + row * (steps * step / 8);
+    if (step == PLANES && steps % 32 == 0)
+        pack_planes(windows, steps, codes);
+    else
+        pack_steps(step, windows, steps, codes);
     float chosen[TM_TRELLIS_DIM];
     for (int i = 0; i < steps; i++)
         for (int v = 0; v < values; v++)
