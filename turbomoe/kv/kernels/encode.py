@@ -1,9 +1,8 @@
-"""Triton: the best path through a trellis for each vector, one thread a vector; see ``kv/trellis_fixed.py``.
+"""Triton: the best path through a trellis for each vector, two vectors a thread; see ``kv/trellis_fixed.py``.
 
-All costs of a vector are registers of its thread, and the codebook is immediate operands: a state and step takes one
-multiply-add and one fused add and minimum (sm_90), nothing is exchanged between threads, and 32 vectors make a program.
-What the minima drop goes to a scratch area, bit by bit, and is read again from the last step to the first. Costs of all
-groups that share a predecessor are made one after the other, so their bits stand in that order.
+All costs of a thread's vectors are its registers, two in each, and the codebook is immediate operands: nothing is
+exchanged between threads. A step is one block of assembly (``encode_assembly.py``), with a plain twin here. What the
+minima drop goes to a scratch area, bit by bit, and is read again from the last step to the first.
 """
 
 # Triton's language has no types, and no unpacking in tuples.
@@ -14,160 +13,229 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from turbomoe.kv import trellis_fixed
+from turbomoe.kv.kernels import encode_assembly
 from turbomoe.kv.trellis_codebook import TRELLISES
-from turbomoe.kv.trellis_fixed import START as _START
-from turbomoe.kv.trellis_fixed import UNREACHABLE as _UNREACHABLE
-from turbomoe.kv.trellis_fixed import fixed
 from turbomoe.kv.trellis_search import HALF_SPAN as _HALF_SPAN
 
-VECTORS = 32  # of a program
-_N = tl.constexpr(VECTORS)
-START, UNREACHABLE, HALF_SPAN = tl.constexpr(_START), tl.constexpr(_UNREACHABLE), tl.constexpr(_HALF_SPAN)
-_FIXED = [fixed(TRELLISES[name]) for name in ("tcq2.5", "tcq3", "tcq4")]
-SLOPES_25, SLOPES_3, SLOPES_4 = (tl.constexpr(each.slopes) for each in _FIXED)
-OFFSETS_25, OFFSETS_3, OFFSETS_4 = (tl.constexpr(each.offsets) for each in _FIXED)
+VECTORS = 2 * encode_assembly.THREADS  # of a program
+_N = tl.constexpr(encode_assembly.THREADS)
+UNREACHABLE, HALF_SPAN = tl.constexpr(trellis_fixed.UNREACHABLE), tl.constexpr(_HALF_SPAN)
+BOTH = tl.constexpr(0x00010001)  # times a number: the number in both halves
+PLANS = {name: encode_assembly.plan(trellis) for name, trellis in TRELLISES.items()}
 
 
 @triton.constexpr_function
-def _group(place, many, groups):
-    """Which group is made in this place: those that share predecessors follow each other."""
-    return place % many * (groups // many) + place // many
+def _of(name, field):
+    return getattr(PLANS[name], field)
 
 
 @triton.constexpr_function
-def _place(group, many, groups):
-    """Where this group is made."""
-    return group % (groups // many) * many + group // (groups // many)
+def _entry(name, field, index):
+    return getattr(PLANS[name], field)[index]
 
 
 @triton.constexpr_function
-def _text(slopes, offsets, state):
-    """PTX: what a step costs in a state, added to a cost, kept if less than another.
-
-    ``min.relu`` is a minimum, as no cost is negative; the assembler makes one instruction of it and the addition, where
-    it would turn a chain of plain minima into a tree of more.
-    """
-    lines = [".reg .s32 p;", f"mad.lo.s32 p, $3, {slopes[0][state]}, {offsets[state]};"]
-    if len(slopes) == 2:
-        lines.append(f"mad.lo.s32 p, $4, {slopes[1][state]}, p;")
-    lines += ["add.s32 p, p, $1;", "min.relu.s32 $0, p, $2;"]
-    return "{" + " ".join(lines) + "}"
+def _level(name, value, number):
+    return PLANS[name].levels[value][number]
 
 
 @triton.constexpr_function
-def _slope(slopes, value, state):
-    return slopes[value][state]
+def _number(name, value, state):
+    return PLANS[name].numbers[value][state]
 
 
 @triton.constexpr_function
-def _offset(offsets, state):
-    return offsets[state]
+def _state(name, place, bits):
+    return (PLANS[name].group_of[place] << PLANS[name].step_bits) + bits
+
+
+@triton.constexpr_function
+def _level_count(name, value):
+    return len(PLANS[name].levels[value])
+
+
+@triton.constexpr_function
+def _so_many(many):
+    return (tl.uint32,) * many
 
 
 @triton.jit
-def _distance(x, y, state: tl.constexpr, SLOPES: tl.constexpr, OFFSETS: tl.constexpr, VALUES: tl.constexpr):
-    """What a step over values x (and y) costs in a state, without their squares."""
-    total = x * _slope(SLOPES, 0, state) + _offset(OFFSETS, state)
-    if VALUES == 2:
-        total += y * _slope(SLOPES, 1, state)
-    return total
+def _half_distances(x, NAME: tl.constexpr, value: tl.constexpr):
+    """The twin of the PTX for one half: uint32 for every level of this value of a step, from the bits of x."""
+    BASE: tl.constexpr = _of(NAME, "base")
+    base = tl.full((_N,), BASE, tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    found = ()
+    for number in tl.static_range(_level_count(NAME, value)):
+        e = x.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) - _level(NAME, value, number)
+        e = e.to(tl.float16).to(tl.float32)
+        pattern = tl.minimum(e * e + base, 1.0).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+        found = found + ((pattern - BASE) << _of(NAME, "step_bits"),)
+    return found
 
 
 @triton.jit
-def _lesser(
-    cost, come, x, y, state: tl.constexpr, SLOPES: tl.constexpr, OFFSETS: tl.constexpr, VALUES: tl.constexpr,
-    ASM: tl.constexpr,
-):  # fmt: skip
-    """The lesser of ``cost`` and that of a step to this state from a group of cost ``come``."""
-    if ASM:
-        if VALUES == 1:
-            return tl.inline_asm_elementwise(
-                _text(SLOPES, OFFSETS, state), "=r,r,r,r", [come, cost, x], dtype=tl.int32, is_pure=True, pack=1
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                _text(SLOPES, OFFSETS, state), "=r,r,r,r,r", [come, cost, x, y], dtype=tl.int32, is_pure=True, pack=1
-            )
-    else:
-        return tl.minimum(cost, come + _distance(x, y, state, SLOPES, OFFSETS, VALUES))
+def _distances(x, NAME: tl.constexpr, value: tl.constexpr):
+    low, high = _half_distances(x & 0xFFFF, NAME, value), _half_distances(x >> 16, NAME, value)
+    both = ()
+    for number in tl.static_range(len(low)):
+        both = both + (low[number] | (high[number] << 16),)
+    return both
 
 
 @triton.jit
-def _step(
-    costs, x, y, kept, SLOPES: tl.constexpr, OFFSETS: tl.constexpr, VALUES: tl.constexpr, KB: tl.constexpr,
-    G: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """Least costs of all groups after a step over values x (and y), int32 [N] each; what they drop goes to ``kept``.
+def _lesser(a, b):
+    """Half by half."""
+    return tl.minimum(a & 0xFFFF, b & 0xFFFF) | (tl.minimum(a >> 16, b >> 16) << 16)
 
-    State s comes from group s % G and goes to group s >> KB. The lowest bits of a cost are those of its group, so that
-    they say in a minimum where it came from.
-    """
-    MANY: tl.constexpr = 1 << KB
-    PER: tl.constexpr = 32 // KB
+
+@triton.jit
+def _plain_step(costs, x, y, kept, NAME: tl.constexpr):
+    """The twin of ``encode_assembly.step``."""
+    KB: tl.constexpr = _of(NAME, "step_bits")
+    G: tl.constexpr = _of(NAME, "groups")
+    EACH: tl.constexpr = _of(NAME, "each")
+    first = _distances(x, NAME, 0)
+    second = _distances(y, NAME, _of(NAME, "values") - 1)
     found = ()
     word = tl.zeros((_N,), tl.uint32)
     for place in tl.static_range(G):
-        least = costs[_group(place, MANY, G) * MANY % G]
-        least += _distance(x, y, _group(place, MANY, G) * MANY, SLOPES, OFFSETS, VALUES)
-        for bits in tl.static_range(1, MANY):
-            least = _lesser(
-                least, costs[(_group(place, MANY, G) * MANY + bits) % G], x, y, _group(place, MANY, G) * MANY + bits,
-                SLOPES, OFFSETS, VALUES, ASM,
-            )  # fmt: skip
-        word = (word >> KB) | (least.to(tl.uint32, bitcast=True) << (32 - KB))
-        if place % PER == PER - 1 or place == G - 1:
-            full = word >> (PER - 1 - place % PER) * KB
-            tl.store(kept + place // PER * _N + tl.arange(0, _N), full.to(tl.int32, bitcast=True))
-        found = found + (least & -MANY,)
+        least = tl.full((_N,), 0xFFFFFFFF, tl.uint32)
+        for bits in tl.static_range(1 << KB):
+            cost = costs[_state(NAME, place, bits) % G] + first[_number(NAME, 0, _state(NAME, place, bits))]
+            if _of(NAME, "values") == 2:
+                cost += second[_number(NAME, 1, _state(NAME, place, bits))]
+            least = _lesser(least, cost)
+        dropped = least & ((1 << KB) - 1) * BOTH
+        if place % EACH == 0:
+            word = dropped
+        else:
+            word = word | (dropped << place % EACH * KB)
+        if place % EACH == EACH - 1 or place == G - 1:
+            tl.store(kept + place // EACH * _N + tl.arange(0, _N), word.to(tl.int32, bitcast=True))
+        found = found + ((least - dropped) | _entry(NAME, "group_of", place) % (1 << KB) * BOTH,)
     by_group = ()
     for j in tl.static_range(G):
-        by_group = by_group + (found[_place(j, MANY, G)] | j % MANY,)
+        by_group = by_group + (found[_entry(NAME, "place_of", j)],)
     return by_group
 
 
 @triton.jit
-def _dropped(kept, group, KB: tl.constexpr, G: tl.constexpr):
-    """The bits that ``_step`` left in ``kept`` for these groups.
+def _step(costs, x, y, kept, NAME: tl.constexpr, ASM: tl.constexpr):
+    """Least costs of all groups after a step over x (and y), two halves in uint32 [N] each; what they drop goes to
+    ``kept``.
 
-    All words are read, so that no load waits for another's bits.
+    State s comes from group s % G and goes to group s >> step_bits. The lowest bits of a cost are those of its group, so
+    that they say in a minimum where it came from.
     """
-    PER: tl.constexpr = 32 // KB
-    place = group % (G >> KB) * (1 << KB) + group // (G >> KB)
-    word = tl.zeros((_N,), tl.int32)
-    for k in tl.static_range((G + PER - 1) // PER):
-        word = tl.where(place // PER == k, tl.load(kept + k * _N + tl.arange(0, _N)), word)
-    shift = (32 - KB * PER + place % PER * KB).to(tl.uint32)
-    return (word.to(tl.uint32, bitcast=True) >> shift).to(tl.int32) & ((1 << KB) - 1)
+    if ASM:
+        at = kept + tl.arange(0, _N)
+        if _of(NAME, "values") == 2:
+            return tl.inline_asm_elementwise(
+                _entry(NAME, "step", 0), _entry(NAME, "step", 1), costs + (x, y, at), dtype=_so_many(_of(NAME, "groups")),
+                is_pure=False, pack=1,
+            )  # fmt: skip
+        else:
+            return tl.inline_asm_elementwise(
+                _entry(NAME, "step", 0), _entry(NAME, "step", 1), costs + (x, at), dtype=_so_many(_of(NAME, "groups")),
+                is_pure=False, pack=1,
+            )  # fmt: skip
+    else:
+        return _plain_step(costs, x, y, kept, NAME)
 
 
 @triton.jit
-def _start(group, KB: tl.constexpr, G: tl.constexpr):
-    """Costs before a pass: none in this group, or in any if it is negative."""
+def _renewed(costs, NAME: tl.constexpr, ASM: tl.constexpr):
+    """Costs less the least of all groups, but for their lowest bits."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            _entry(NAME, "renewal", 0), _entry(NAME, "renewal", 1), costs, dtype=_so_many(_of(NAME, "groups")), is_pure=True, pack=1
+        )
+    else:
+        least = costs[0]
+        for j in tl.static_range(1, _of(NAME, "groups")):
+            least = _lesser(least, costs[j])
+        least = least & (0x10000 - (1 << _of(NAME, "step_bits"))) * BOTH
+        less = ()
+        for j in tl.static_range(_of(NAME, "groups")):
+            less = less + (costs[j] - least,)
+        return less
+
+
+@triton.jit
+def _named(cost, own: tl.constexpr, ASM: tl.constexpr):
+    """Costs with these lowest bits. From assembly: of other numbers the compiler studies the divisors, for minutes."""
+    if ASM:
+        return tl.inline_asm_elementwise("or.b32 $0, $1, $2;", "=r,r,n", [cost, own * BOTH], dtype=tl.uint32,
+                                         is_pure=True, pack=1)  # fmt: skip
+    else:
+        return cost | own * BOTH
+
+
+@triton.jit
+def _start(group_a, group_b, NAME: tl.constexpr, ASM: tl.constexpr):
+    """Costs before a pass: none in these groups, or in any if they are negative."""
     costs = ()
-    for j in tl.static_range(G):
-        costs = costs + (tl.where((group == j) | (group < 0), START, UNREACHABLE) | j % (1 << KB),)
+    for j in tl.static_range(_of(NAME, "groups")):
+        a = tl.where((group_a == j) | (group_a < 0), 0, UNREACHABLE).to(tl.uint32)
+        b = tl.where((group_b == j) | (group_b < 0), 0, UNREACHABLE).to(tl.uint32)
+        costs = costs + (_named(a | (b << 16), j % (1 << _of(NAME, "step_bits")), ASM),)
     return costs
 
 
 @triton.jit
-def _first_least(costs, KB: tl.constexpr, G: tl.constexpr):
-    least, group = costs[0], tl.zeros((_N,), tl.int32)
-    for j in tl.static_range(1, G):
-        cost = costs[j] & -(1 << KB)
-        group = tl.where(cost < least, j, group)
-        least = tl.minimum(least, cost)
-    return group
+def _first_least(costs, NAME: tl.constexpr):
+    """The first groups without costs, which ``_renewed`` leaves: of the first vectors and of the second."""
+    a, b = tl.zeros((_N,), tl.int32), tl.zeros((_N,), tl.int32)
+    for j in tl.static_range(_of(NAME, "groups") - 1, -1, -1):
+        a = tl.where((costs[j] & 0xFFFF) >> _of(NAME, "step_bits") == 0, j, a)
+        b = tl.where(costs[j] >> 16 + _of(NAME, "step_bits") == 0, j, b)
+    return a, b
 
 
 @triton.jit
-def _boundary(costs, kept, ROW: tl.constexpr, KB: tl.constexpr, G: tl.constexpr):
-    """The state after half of the 2 * HALF_SPAN steps, on the path that ends in the least of ``costs``."""
-    group = _first_least(costs, KB, G)
-    state = group
+def _words(kept, NAME: tl.constexpr, ASM: tl.constexpr):
+    """All that ``_step`` left there: no load waits for the bits of another."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            _entry(NAME, "load", 0), _entry(NAME, "load", 1), [kept + tl.arange(0, _N)], dtype=_so_many(_of(NAME, "words")),
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        words = ()
+        for k in tl.static_range(_of(NAME, "words")):
+            words = words + (tl.load(kept + k * _N + tl.arange(0, _N)).to(tl.uint32, bitcast=True),)
+        return words
+
+
+@triton.jit
+def _before(words, group, high: tl.constexpr, NAME: tl.constexpr):
+    """The states that lead to these groups, from what was kept: of the first vectors or, ``high``, of the second."""
+    KB: tl.constexpr = _of(NAME, "step_bits")
+    EACH: tl.constexpr = _of(NAME, "each")
+    APART: tl.constexpr = _of(NAME, "groups") >> KB
+    place = (group % APART << KB) + group // APART
+    # By halves of the words that are left: fewer choices than there are words.
+    for level in tl.static_range(5):
+        half = ()
+        for k in tl.static_range((len(words) + 1) // 2):
+            if 2 * k + 1 < len(words):
+                half = half + (tl.where((place // EACH >> level) & 1 != 0, words[2 * k + 1], words[2 * k]),)
+            else:
+                half = half + (words[2 * k],)
+        words = half
+    shift = place % EACH * KB + 16 * high
+    return (group << KB) | ((words[0] >> shift.to(tl.uint32)) & (1 << KB) - 1).to(tl.int32)
+
+
+@triton.jit
+def _boundary(costs, kept, NAME: tl.constexpr, ASM: tl.constexpr):
+    """Both states after half of the 2 * HALF_SPAN steps, on the paths that end in the least of ``costs``."""
+    a, b = _first_least(costs, NAME)
     for back in range(HALF_SPAN + 1):
-        state = (group << KB) | _dropped(kept + (2 * HALF_SPAN - 1 - back) * ROW, group, KB, G)
-        group = state % G
-    return state
+        words = _words(kept + (2 * HALF_SPAN - 1 - back) * (_of(NAME, "words") * _N), NAME, ASM)
+        a, b = _before(words, a % _of(NAME, "groups"), False, NAME), _before(words, b % _of(NAME, "groups"), True, NAME)
+    return a, b
 
 
 @triton.jit
@@ -178,87 +246,99 @@ def _placed(bits, at, KB: tl.constexpr):
 
 
 @triton.jit
-def _write(
-    codes, table, kept, last, row, inside, STEPS, ROW: tl.constexpr, VALUES: tl.constexpr, KB: tl.constexpr,
-    G: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
-    """The code of the path that ends in state ``last``, by planes of words; returns the sum of its squared values."""
-    EACH: tl.constexpr = 32 * WORDS // KB
+def _joined(stream, state, step, NAME: tl.constexpr):
+    """The words of a group of steps with the bits of one of them, in the order of ``windows.pack_steps``."""
+    KB: tl.constexpr = _of(NAME, "step_bits")
+    joined = ()
+    for w in tl.static_range(_of(NAME, "stream_words")):
+        joined = joined + (stream[w] | _placed(state & (1 << KB) - 1, step * KB - 32 * w, KB),)
+    return joined
+
+
+@triton.jit
+def _squares(table, state, NAME: tl.constexpr):
+    value = tl.load(table + state)
+    total = value * value
+    if _of(NAME, "values") == 2:
+        value = tl.load(table + (_of(NAME, "groups") << _of(NAME, "step_bits")) + state)
+        total += value * value
+    return total
+
+
+@triton.jit
+def _write(codes, table, squares, kept, last_a, last_b, row, n, STEPS, NAME: tl.constexpr, ASM: tl.constexpr):
+    """The codes of the paths that end in these states, of vectors ``row`` and the next, by planes of words; and their
+    sums of squares.
+    """
+    WORDS: tl.constexpr = _of(NAME, "stream_words")
+    EACH: tl.constexpr = 32 * WORDS // _of(NAME, "step_bits")
+    G: tl.constexpr = _of(NAME, "groups")
     RUNS = STEPS // EACH
-    squares = tl.zeros((_N,), tl.float32)
-    group = last
+    a, b = last_a, last_b
+    sum_a, sum_b = tl.zeros((_N,), tl.float32), tl.zeros((_N,), tl.float32)
     for run in range(RUNS):
         at = RUNS - 1 - run
-        stream = ()
+        stream_a, stream_b = (), ()
         for _ in tl.static_range(WORDS):
-            stream = stream + (tl.zeros((_N,), tl.int32),)
+            stream_a, stream_b = stream_a + (tl.zeros((_N,), tl.int32),), stream_b + (tl.zeros((_N,), tl.int32),)
         for part in range(EACH // 4):
             # Four at once: their loads overlap.
             for back in tl.static_range(4):
                 step = EACH - 1 - 4 * part - back
                 i = at * EACH + step
-                state = (group << KB) | _dropped(kept + i * ROW, group, KB, G)
-                state = tl.where(i == STEPS - 1, last, state)
-                group = state % G
-                for v in tl.static_range(VALUES):
-                    value = tl.load(table + v * (G << KB) + state)
-                    squares += value * value
-                joined = ()
-                for w in tl.static_range(WORDS):
-                    joined = joined + (stream[w] | _placed(state & ((1 << KB) - 1), step * KB - 32 * w, KB),)
-                stream = joined
+                words = _words(kept + i * (_of(NAME, "words") * _N), NAME, ASM)
+                a, b = _before(words, a % G, False, NAME), _before(words, b % G, True, NAME)
+                a, b = tl.where(i == STEPS - 1, last_a, a), tl.where(i == STEPS - 1, last_b, b)
+                sum_a, sum_b = sum_a + _squares(table, a, NAME), sum_b + _squares(table, b, NAME)
+                stream_a, stream_b = _joined(stream_a, a, step, NAME), _joined(stream_b, b, step, NAME)
         for w in tl.static_range(WORDS):
-            tl.store(codes + row * (RUNS * WORDS) + w * RUNS + at, stream[w], mask=inside)
-    return squares
+            where = codes + row * (RUNS * WORDS) + w * RUNS + at
+            tl.store(where, stream_a[w], mask=row < n)
+            tl.store(where + RUNS * WORDS, stream_b[w], mask=row + 1 < n)
+    tl.store(squares + row, sum_a, mask=row < n)
+    tl.store(squares + row + 1, sum_b, mask=row + 1 < n)
 
 
 @triton.jit
-def _search(
-    x, table, scratch, codes, squares, first, n, stride, STEPS, SLOPES: tl.constexpr, OFFSETS: tl.constexpr,
-    VALUES: tl.constexpr, KB: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    PER: tl.constexpr = 32 // KB
-    ROW: tl.constexpr = (G + PER - 1) // PER * _N
-    row = (first + tl.program_id(0) * _N + tl.arange(0, _N)).to(tl.int64)
-    kept = scratch + tl.program_id(0).to(tl.int64) * (tl.maximum(STEPS, 2 * HALF_SPAN) * ROW)
-    state = tl.full((_N,), -1, tl.int32)
-    # The steps around the boundary, from anywhere; then all, from the boundary.
-    for phase in range(2):
-        begin = tl.where(phase == 0, STEPS - HALF_SPAN, 0)
-        costs = _start(state >> KB, KB, G)
-        a = tl.load(x + (begin * VALUES).to(tl.int64) * stride + row).to(tl.int32)
-        b = a
-        if VALUES == 2:
-            b = tl.load(x + (begin * VALUES + 1).to(tl.int64) * stride + row).to(tl.int32)
-        for i in range(tl.where(phase == 0, 2 * HALF_SPAN, STEPS)):
-            # Loaded a step ahead: so small a load is waited for.
-            at = ((begin + i + 1) % STEPS * VALUES).to(tl.int64) * stride + row
-            next_a = tl.load(x + at).to(tl.int32)
-            next_b = next_a
-            if VALUES == 2:
-                next_b = tl.load(x + at + stride).to(tl.int32)
-            costs = _step(costs, a, b, kept + i * ROW, SLOPES, OFFSETS, VALUES, KB, G, ASM)
-            a, b = next_a, next_b
-        if phase == 0:
-            state = _boundary(costs, kept, ROW, KB, G)
-    total = _write(codes, table, kept, state, row, row < n, STEPS, ROW, VALUES, KB, G, WORDS)
-    tl.store(squares + row, total, mask=row < n)
+def _pair(x, i, pair, stride, STEPS, NAME: tl.constexpr):
+    """What step i reads, uint32 [N] twice: the same, if it has but one value."""
+    at = x + (i % STEPS * _of(NAME, "values")).to(tl.int64) * stride + pair
+    first = tl.load(at).to(tl.uint32, bitcast=True)
+    second = first
+    if _of(NAME, "values") == 2:
+        second = tl.load(at + stride).to(tl.uint32, bitcast=True)
+    return first, second
 
 
 @triton.jit(do_not_specialize=["first", "n"])
 def search(
-    x, table, scratch, codes, squares, first, n, stride, STEPS, KB: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr,
+    x, table, scratch, codes, squares, first, n, stride, STEPS, NAME: tl.constexpr, VERSION: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """tcq2.5, tcq3 or tcq4 for vectors from number ``first`` on, below n: int16 ``x`` [STEPS * values, stride].
+    """Codes of vectors from number ``first`` on, below n: int32 ``x`` [STEPS * values, stride], a pair of float16 each.
 
-    The stride is a multiple of 32. Leaves ``codes`` int32 [n, STEPS * KB / 32], in the order of ``windows.to_planes``,
-    and in ``squares`` float32 [n] the sum of the squares of their values, which ``table`` float32 [values, states]
-    holds. ``scratch`` is int32, 13 KB or less for each of these vectors with 256 steps.
+    ``first`` is even, stride a multiple of 32, STEPS of those whose bits are ``group_words`` words. Leaves ``codes``
+    int32 [n, STEPS * step_bits / 32], in the order of ``windows.to_planes``, and in ``squares`` float32 [n] the sum of
+    the squares of their values, which ``table`` float32 [values, states] holds. ``scratch`` is int32, for each of these
+    pairs a word of every step and word of ``encode_assembly.Kept``. VERSION is that of the assembly.
     """
-    if KB == 3:
-        _search(x, table, scratch, codes, squares, first, n, stride, STEPS, SLOPES_3, OFFSETS_3, 1, KB, G, WORDS, ASM)
-    elif KB == 4:
-        _search(x, table, scratch, codes, squares, first, n, stride, STEPS, SLOPES_4, OFFSETS_4, 1, KB, G, WORDS, ASM)
-    else:
-        _search(x, table, scratch, codes, squares, first, n, stride, STEPS, SLOPES_25, OFFSETS_25, 2, KB, G, WORDS, ASM)
+    ROW: tl.constexpr = _of(NAME, "words") * _N
+    EVERY: tl.constexpr = _of(NAME, "renewed")
+    pair = first // 2 + tl.program_id(0) * _N + tl.arange(0, _N)
+    kept = scratch + tl.program_id(0).to(tl.int64) * (tl.maximum(STEPS, 2 * HALF_SPAN) * ROW)
+    a, b = tl.full((_N,), -1, tl.int32), tl.full((_N,), -1, tl.int32)
+    # The steps around the boundary, from anywhere; then all, from the boundary.
+    for phase in range(2):
+        begin = tl.where(phase == 0, STEPS - HALF_SPAN, 0)
+        costs = _start(a >> _of(NAME, "step_bits"), b >> _of(NAME, "step_bits"), NAME, ASM)
+        now, beside = _pair(x, begin, pair, stride, STEPS, NAME)
+        for block in range(tl.where(phase == 0, 2 * HALF_SPAN, STEPS) // EVERY):
+            for i in range(block * EVERY, block * EVERY + EVERY):
+                # Loaded a step ahead: so small a load is waited for.
+                later, later_beside = _pair(x, begin + i + 1, pair, stride, STEPS, NAME)
+                costs = _step(costs, now, beside, kept + i * ROW, NAME, ASM)
+                now, beside = later, later_beside
+            costs = _renewed(costs, NAME, ASM)
+        if phase == 0:
+            a, b = _boundary(costs, kept, NAME, ASM)
+    _write(codes, table, squares, kept, a, b, 2 * pair.to(tl.int64), n, STEPS, NAME, ASM)
