@@ -154,6 +154,15 @@ def renew(trellis: Trellis) -> Block:
 
 
 @lru_cache(maxsize=32)
+def limit(trellis: Trellis) -> Block:
+    """Costs, at most ``unreachable`` each, but for their lowest bits."""
+    w, most = _Writer(trellis.groups, trellis.groups), fixed(trellis).unreachable
+    for group in range(trellis.groups):
+        w.op("min.u16x2", w.word(group), w.constant(twice(most | group % (1 << trellis.step_bits))), to=f"${group}")
+    return w.block()
+
+
+@lru_cache(maxsize=32)
 def load(words: int) -> Block:
     """What ``step`` kept at an address. In assembly for the compiler's sake: a load takes it half a second."""
     lines = "".join(f"ld.global.b32 ${k}, [${words}+{4 * THREADS * k}];\n" for k in range(words))
@@ -169,6 +178,8 @@ class Plan:
     values: int
     stream_words: int
     renewed: int
+    limited: int
+    unreachable: int
     base: int
     levels: tuple[tuple[float, ...], ...]
     numbers: tuple[tuple[int, ...], ...]
@@ -178,6 +189,7 @@ class Plan:
     group_of: tuple[int, ...]
     step: tuple[str, str]
     renewal: tuple[str, str]
+    limit: tuple[str, str]
     load: tuple[str, str]
 
     @cached_property
@@ -189,12 +201,26 @@ class Plan:
 def plan(trellis: Trellis) -> Plan:
     parts, noted = fixed(trellis), kept(trellis)
     places = tuple(noted.place(group) for group in range(trellis.groups))
-    blocks = step(trellis), renew(trellis), load(noted.words)
     return Plan(
-        trellis.step_bits, trellis.groups, trellis.values, trellis.group_words, parts.renewed, parts.base, parts.levels,
-        parts.numbers, noted.each, noted.words, places, tuple(map(places.index, range(trellis.groups))),
-        _with_address(blocks[0]), blocks[1].parts, _with_address(blocks[2]),
-    )  # fmt: skip
+        step_bits=trellis.step_bits,
+        groups=trellis.groups,
+        values=trellis.values,
+        stream_words=trellis.group_words,
+        renewed=parts.renewed,
+        limited=parts.limited,
+        unreachable=parts.unreachable,
+        base=parts.base,
+        levels=parts.levels,
+        numbers=parts.numbers,
+        each=noted.each,
+        words=noted.words,
+        place_of=places,
+        group_of=tuple(map(places.index, range(trellis.groups))),
+        step=_with_address(step(trellis)),
+        renewal=renew(trellis).parts,
+        limit=limit(trellis).parts,
+        load=_with_address(load(noted.words)),
+    )
 
 
 def _with_address(block: Block) -> tuple[str, str]:

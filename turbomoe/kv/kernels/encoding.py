@@ -11,6 +11,7 @@ from turbomoe.kv.codecs.scales import root, spread_out, to_scale
 from turbomoe.kv.kernels import encode as kernel
 from turbomoe.kv.kernels.checked import failure
 from turbomoe.kv.kernels.encode_assembly import THREADS, kept
+from turbomoe.kv.kernels.encode_step import PLANS
 from turbomoe.kv.kernels.stored import processors
 from turbomoe.kv.trellis_codebook import Trellis, codebook
 from turbomoe.kv.trellis_fixed import to_halves
@@ -49,7 +50,7 @@ def search(spread: torch.Tensor, trellis: Trellis, asm: bool = True) -> tuple[to
     for first in range(0, n, programs * each):
         grid = min(programs, triton.cdiv(n - first, each))
         kernel.search[(grid,)](
-            *where, first, n, x.shape[1], steps, trellis.name, kernel.PLANS[trellis.name].version, ASM=asm, num_warps=1
+            *where, first, n, x.shape[1], steps, trellis.name, PLANS[trellis.name].version, ASM=asm, num_warps=1
         )
     return codes.view(torch.uint8), squares
 
@@ -57,7 +58,9 @@ def search(spread: torch.Tensor, trellis: Trellis, asm: bool = True) -> tuple[to
 def _columns(spread: torch.Tensor, trellis: Trellis) -> torch.Tensor:
     """What the kernel reads, for whole programs: int32 [head_dim, vectors / 2], two float16 in each."""
     n, dim = spread.shape
-    x = torch.zeros(dim, triton.cdiv(max(n, 1), kernel.VECTORS) * kernel.VECTORS, dtype=torch.float16, device=spread.device)
+    x = torch.zeros(
+        dim, triton.cdiv(max(n, 1), kernel.VECTORS) * kernel.VECTORS, dtype=torch.float16, device=spread.device
+    )
     x[:, :n] = to_halves(spread, trellis).t()
     return x.view(torch.int32)
 
