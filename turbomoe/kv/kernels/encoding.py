@@ -36,7 +36,7 @@ def encode(x: torch.Tensor, trellis: Trellis, asm: bool = True) -> tuple[torch.T
 def search(spread: torch.Tensor, trellis: Trellis, asm: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Float32 [n, head_dim] of unit variance to codes uint8 [n, bytes] and the sum of their squares, float32 [n].
 
-    Scratch memory is bounded, whatever n is: up to 0.6 GB on a GPU of 132 processors.
+    Scratch memory is bounded, whatever n is: up to 0.9 GB on a GPU of 132 processors.
     """
     n, dim = spread.shape
     steps, device, each = dim // trellis.values, spread.device, kernel.VECTORS
