@@ -142,14 +142,7 @@ def step_over(costs, x, y, kept, NAME: tl.constexpr, ASM: tl.constexpr):
 def renewed(costs, NAME: tl.constexpr, ASM: tl.constexpr):
     """Costs less the least of all groups, but for their lowest bits."""
     if ASM:
-        return tl.inline_asm_elementwise(
-            entry(NAME, "renewal", 0),
-            entry(NAME, "renewal", 1),
-            costs,
-            dtype=_so_many(of(NAME, "groups")),
-            is_pure=True,
-            pack=1,
-        )
+        return assembled(costs, NAME, "renewal", of(NAME, "groups"), True)
     else:
         least = costs[0]
         for j in tl.static_range(1, of(NAME, "groups")):
@@ -178,8 +171,9 @@ def limited(costs, NAME: tl.constexpr, ASM: tl.constexpr):
 def _named(cost, own: tl.constexpr, ASM: tl.constexpr):
     """Costs with these lowest bits. From assembly: of other numbers the compiler studies the divisors, for minutes."""
     if ASM:
-        return tl.inline_asm_elementwise("or.b32 $0, $1, $2;", "=r,r,n", [cost, own * BOTH], dtype=tl.uint32,
-                                         is_pure=True, pack=1)  # fmt: skip
+        return tl.inline_asm_elementwise(
+            "or.b32 $0, $1, $2;", "=r,r,r", [cost, own * BOTH], dtype=tl.uint32, is_pure=True, pack=1
+        )
     else:
         return cost | own * BOTH
 
