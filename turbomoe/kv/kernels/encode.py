@@ -23,7 +23,7 @@ _N, HALF_SPAN = tl.constexpr(encode_assembly.THREADS), tl.constexpr(_HALF_SPAN)
 
 @triton.jit
 def _first_least(costs, NAME: tl.constexpr):
-    """The first groups without costs, which ``_renewed`` leaves: of the first vectors and of the second."""
+    """The first groups without costs, which ``renewed`` leaves: of the first vectors and of the second."""
     a, b = tl.zeros((_N,), tl.int32), tl.zeros((_N,), tl.int32)
     for j in tl.static_range(of(NAME, "groups") - 1, -1, -1):
         a = tl.where((costs[j] & 0xFFFF) >> of(NAME, "step_bits") == 0, j, a)
@@ -33,7 +33,7 @@ def _first_least(costs, NAME: tl.constexpr):
 
 @triton.jit
 def _words(kept, NAME: tl.constexpr, ASM: tl.constexpr):
-    """All that ``_step`` left there: no load waits for the bits of another."""
+    """All that ``step_over`` left there: no load waits for the bits of another."""
     if ASM:
         return assembled([kept + tl.arange(0, _N)], NAME, "load", of(NAME, "words"), False)
     else:
