@@ -5,7 +5,7 @@ then e^2 + base, saturated at 1. The base lies ``most`` patterns of bits below 1
 ``UNITS``, from one half on in twice that, and no more than ``most``. A step's distance, the sum over its values, is
 shifted by ``step_bits``, so that the lowest bits of a cost can name the state within its group: one minimum finds the
 least cost and who has it, the lowest state on ties. The error of Gaussian vectors grows by
-0.03% (tcq2), 0.11% (tcq2.5), 0.07% (tcq3) and 0.23% (tcq4; 3,072 vectors of 256 values, standard error 0.01%). Paths
+0.03% (tcq2), 0.15% (tcq2.5), 0.07% (tcq3) and 0.23% (tcq4; 3,072 vectors of 256 values, standard error 0.01%). Paths
 through several outliers in a row suffer where distances saturate; by how much, ``test_encode_kernel.py`` says.
 
 The range, in the largest distance of a step: ``steps_to_all`` steps lead from every group to every group, so costs
@@ -34,7 +34,7 @@ ROOM = 1 << 16  # costs
 
 # By step_bits: (x - v)^2 that counts as one, and steps between renewals. Small values say more of near ones; large ones
 # tell more of those that are far, which some vectors need.
-UNITS = {2: 1 / 128, 3: 1 / 256, 4: 1 / 512, 5: 1 / 80}
+UNITS = {2: 1 / 128, 3: 1 / 256, 4: 1 / 512, 5: 1 / 64}
 RENEWED = {2: 8, 3: 4, 4: 1, 5: 2}
 
 
