@@ -27,7 +27,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from turbomoe.kv import trellis_pairs
 from turbomoe.kv.codecs import make_codec
 from turbomoe.kv.codecs.scales import matched_scale, spread_out
 from turbomoe.kv.codecs.windows import pack_steps, to_planes
@@ -112,17 +111,12 @@ def check(name: str, dim: int) -> bool:
 
 
 def floor_us(name: str, dim: int) -> float:
-    """A vector, if minima at 64 a clock and processor hide the rest, each of two vectors where costs have 16 bits.
-
-    With two values a step it is the multiply-adds, two a state, that come at 64.
-    """
+    """A vector, if minima at 64 a clock and processor, each of two vectors, hide the rest."""
     trellis = TRELLISES[name]
     properties = torch.cuda.get_device_properties(0)
     clock_mhz = 1e-3 * getattr(properties, "clock_rate", 1_980_000)
-    states = (dim // trellis.values + 2 * HALF_SPAN) * trellis.states * trellis.values
-    if trellis_pairs.fits(trellis):
-        states /= 2
-    return states / 64 / properties.multi_processor_count / clock_mhz
+    states = (dim // trellis.values + 2 * HALF_SPAN) * trellis.states
+    return states / 2 / 64 / properties.multi_processor_count / clock_mhz
 
 
 def time_codec(name: str, dim: int, vectors: int) -> dict[str, Any]:

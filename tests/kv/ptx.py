@@ -1,4 +1,4 @@
-"""Runs the inline assembly of ``kv/kernels/assembly.py`` on arrays: the few instructions that it uses."""
+"""Runs the inline assembly of ``kv/kernels`` on arrays: the few instructions that it uses."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ Words = npt.NDArray[np.uint32]
 
 def run(block: Block, inputs: list[Words]) -> list[Words]:
     """The outputs of the block, by register, for arrays of input words."""
+    found = run_storing(block, inputs)
+    return [found[f"${i}"] for i in range(block.outputs)]
+
+
+def run_storing(block: Block, inputs: list[Words]) -> dict[str, Words]:
+    """All registers, by name, and what was stored, by address."""
     assert len(inputs) == block.inputs
     registers = {f"${block.outputs + i}": word.astype(np.uint32) for i, word in enumerate(inputs)}
     for line in re.findall(r"^([a-z][^;{}]*);", block.text, re.MULTILINE):
@@ -21,7 +27,7 @@ def run(block: Block, inputs: list[Words]) -> list[Words]:
         target, *sources = arguments.split(", ")
         values = [registers[s] if s in registers else np.uint32(int(s, 0) & 0xFFFFFFFF) for s in sources]
         registers[target] = np.broadcast_to(_OPERATIONS[name](*values), inputs[0].shape).astype(np.uint32)
-    return [registers[f"${i}"] for i in range(block.outputs)]
+    return registers
 
 
 def _lop3(a: Words, b: Words, c: Words, table: np.uint32) -> Words:
@@ -67,8 +73,13 @@ def _rounded(x: npt.NDArray[np.float64]) -> Words:
     return found
 
 
+def _shorts(x: Words) -> npt.NDArray[np.uint16]:
+    return np.ascontiguousarray(x, np.uint32).view(np.uint16)
+
+
 _OPERATIONS = {
     "mov.b32": lambda a: a,
+    "st.global.b32": lambda a: a,
     "and.b32": lambda a, b: a & b,
     "xor.b32": lambda a, b: a ^ b,
     "or.b32": lambda a, b: a | b,
@@ -80,6 +91,10 @@ _OPERATIONS = {
     "shf.r.wrap.b32": _funnel,
     "lop3.b32": _lop3,
     "prmt.b32": _prmt,
+    "add.u16x2": lambda a, b: (_shorts(a) + _shorts(b)).view(np.uint32),
+    "min.u16x2": lambda a, b: np.minimum(_shorts(a), _shorts(b)).view(np.uint32),
+    "add.rn.f16x2": lambda a, b: _rounded(halves(a) + halves(b)),
+    "fma.rn.sat.f16x2": lambda a, b, c: _rounded((halves(a) * halves(b) + halves(c)).clip(0, 1)),
     "mul.rn.f16x2": lambda a, b: _rounded(halves(a) * halves(b)),
     "sub.rn.f16x2": lambda a, b: _rounded(halves(a) - halves(b)),
     "fma.rn.f16x2": lambda a, b, c: _rounded(halves(a) * halves(b) + halves(c)),

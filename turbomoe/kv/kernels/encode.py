@@ -1,9 +1,8 @@
-"""Triton: the best path through a trellis for each vector, one thread a vector; see ``kv/trellis_fixed.py``.
+"""Triton: the best path through a trellis for each vector, two vectors a thread; see ``kv/trellis_fixed.py``.
 
-All costs of a vector are registers of its thread, and the codebook is immediate operands: a state and step takes one
-multiply-add and one fused add and minimum (sm_90), nothing is exchanged between threads, and 32 vectors make a program.
-What the minima drop goes to a scratch area, bit by bit, and is read again from the last step to the first. Costs of all
-groups that share a predecessor are made one after the other, so their bits stand in that order.
+All costs of a thread's vectors are its registers, two in each, and the codebook is immediate operands: nothing is
+exchanged between threads. What the minima of a step (``encode_step.py``) drop goes to a scratch area, bit by bit, and
+is read again from the last step to the first.
 """
 
 # Triton's language has no types, and no unpacking in tuples.
@@ -14,160 +13,64 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from turbomoe.kv.trellis_codebook import TRELLISES
-from turbomoe.kv.trellis_fixed import START as _START
-from turbomoe.kv.trellis_fixed import UNREACHABLE as _UNREACHABLE
-from turbomoe.kv.trellis_fixed import fixed
+from turbomoe.kv.kernels import encode_assembly
+from turbomoe.kv.kernels.encode_step import assembled, limited, of, renewed, start, step_over
 from turbomoe.kv.trellis_search import HALF_SPAN as _HALF_SPAN
 
-VECTORS = 32  # of a program
-_N = tl.constexpr(VECTORS)
-START, UNREACHABLE, HALF_SPAN = tl.constexpr(_START), tl.constexpr(_UNREACHABLE), tl.constexpr(_HALF_SPAN)
-_FIXED = [fixed(TRELLISES[name]) for name in ("tcq2.5", "tcq3", "tcq4")]
-SLOPES_25, SLOPES_3, SLOPES_4 = (tl.constexpr(each.slopes) for each in _FIXED)
-OFFSETS_25, OFFSETS_3, OFFSETS_4 = (tl.constexpr(each.offsets) for each in _FIXED)
-
-
-@triton.constexpr_function
-def _group(place, many, groups):
-    """Which group is made in this place: those that share predecessors follow each other."""
-    return place % many * (groups // many) + place // many
-
-
-@triton.constexpr_function
-def _place(group, many, groups):
-    """Where this group is made."""
-    return group % (groups // many) * many + group // (groups // many)
-
-
-@triton.constexpr_function
-def _text(slopes, offsets, state):
-    """PTX: what a step costs in a state, added to a cost, kept if less than another.
-
-    ``min.relu`` is a minimum, as no cost is negative; the assembler makes one instruction of it and the addition, where
-    it would turn a chain of plain minima into a tree of more.
-    """
-    lines = [".reg .s32 p;", f"mad.lo.s32 p, $3, {slopes[0][state]}, {offsets[state]};"]
-    if len(slopes) == 2:
-        lines.append(f"mad.lo.s32 p, $4, {slopes[1][state]}, p;")
-    lines += ["add.s32 p, p, $1;", "min.relu.s32 $0, p, $2;"]
-    return "{" + " ".join(lines) + "}"
-
-
-@triton.constexpr_function
-def _slope(slopes, value, state):
-    return slopes[value][state]
-
-
-@triton.constexpr_function
-def _offset(offsets, state):
-    return offsets[state]
+VECTORS = 2 * encode_assembly.THREADS  # of a program
+_N, HALF_SPAN = tl.constexpr(encode_assembly.THREADS), tl.constexpr(_HALF_SPAN)
 
 
 @triton.jit
-def _distance(x, y, state: tl.constexpr, SLOPES: tl.constexpr, OFFSETS: tl.constexpr, VALUES: tl.constexpr):
-    """What a step over values x (and y) costs in a state, without their squares."""
-    total = x * _slope(SLOPES, 0, state) + _offset(OFFSETS, state)
-    if VALUES == 2:
-        total += y * _slope(SLOPES, 1, state)
-    return total
+def _first_least(costs, NAME: tl.constexpr):
+    """The first groups without costs, which ``renewed`` leaves: of the first vectors and of the second."""
+    a, b = tl.zeros((_N,), tl.int32), tl.zeros((_N,), tl.int32)
+    for j in tl.static_range(of(NAME, "groups") - 1, -1, -1):
+        a = tl.where((costs[j] & 0xFFFF) >> of(NAME, "step_bits") == 0, j, a)
+        b = tl.where(costs[j] >> 16 + of(NAME, "step_bits") == 0, j, b)
+    return a, b
 
 
 @triton.jit
-def _lesser(
-    cost, come, x, y, state: tl.constexpr, SLOPES: tl.constexpr, OFFSETS: tl.constexpr, VALUES: tl.constexpr,
-    ASM: tl.constexpr,
-):  # fmt: skip
-    """The lesser of ``cost`` and that of a step to this state from a group of cost ``come``."""
+def _words(kept, NAME: tl.constexpr, ASM: tl.constexpr):
+    """All that ``step_over`` left there: no load waits for the bits of another."""
     if ASM:
-        if VALUES == 1:
-            return tl.inline_asm_elementwise(
-                _text(SLOPES, OFFSETS, state), "=r,r,r,r", [come, cost, x], dtype=tl.int32, is_pure=True, pack=1
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                _text(SLOPES, OFFSETS, state), "=r,r,r,r,r", [come, cost, x, y], dtype=tl.int32, is_pure=True, pack=1
-            )
+        return assembled([kept + tl.arange(0, _N)], NAME, "load", of(NAME, "words"), False)
     else:
-        return tl.minimum(cost, come + _distance(x, y, state, SLOPES, OFFSETS, VALUES))
+        words = ()
+        for k in tl.static_range(of(NAME, "words")):
+            words = words + (tl.load(kept + k * _N + tl.arange(0, _N)).to(tl.uint32, bitcast=True),)
+        return words
 
 
 @triton.jit
-def _step(
-    costs, x, y, kept, SLOPES: tl.constexpr, OFFSETS: tl.constexpr, VALUES: tl.constexpr, KB: tl.constexpr,
-    G: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """Least costs of all groups after a step over values x (and y), int32 [N] each; what they drop goes to ``kept``.
-
-    State s comes from group s % G and goes to group s >> KB. The lowest bits of a cost are those of its group, so that
-    they say in a minimum where it came from.
-    """
-    MANY: tl.constexpr = 1 << KB
-    PER: tl.constexpr = 32 // KB
-    found = ()
-    word = tl.zeros((_N,), tl.uint32)
-    for place in tl.static_range(G):
-        least = costs[_group(place, MANY, G) * MANY % G]
-        least += _distance(x, y, _group(place, MANY, G) * MANY, SLOPES, OFFSETS, VALUES)
-        for bits in tl.static_range(1, MANY):
-            least = _lesser(
-                least, costs[(_group(place, MANY, G) * MANY + bits) % G], x, y, _group(place, MANY, G) * MANY + bits,
-                SLOPES, OFFSETS, VALUES, ASM,
-            )  # fmt: skip
-        word = (word >> KB) | (least.to(tl.uint32, bitcast=True) << (32 - KB))
-        if place % PER == PER - 1 or place == G - 1:
-            full = word >> (PER - 1 - place % PER) * KB
-            tl.store(kept + place // PER * _N + tl.arange(0, _N), full.to(tl.int32, bitcast=True))
-        found = found + (least & -MANY,)
-    by_group = ()
-    for j in tl.static_range(G):
-        by_group = by_group + (found[_place(j, MANY, G)] | j % MANY,)
-    return by_group
+def _before(words, group, high: tl.constexpr, NAME: tl.constexpr):
+    """The states that lead to these groups, from what was kept: of the first vectors or, ``high``, of the second."""
+    KB: tl.constexpr = of(NAME, "step_bits")
+    EACH: tl.constexpr = of(NAME, "each")
+    APART: tl.constexpr = of(NAME, "groups") >> KB
+    place = (group % APART << KB) + group // APART
+    # By halves of the words that are left: fewer choices than there are words.
+    for level in tl.static_range(5):
+        half = ()
+        for k in tl.static_range((len(words) + 1) // 2):
+            if 2 * k + 1 < len(words):
+                half = half + (tl.where((place // EACH >> level) & 1 != 0, words[2 * k + 1], words[2 * k]),)
+            else:
+                half = half + (words[2 * k],)
+        words = half
+    shift = place % EACH * KB + 16 * high
+    return (group << KB) | ((words[0] >> shift.to(tl.uint32)) & (1 << KB) - 1).to(tl.int32)
 
 
 @triton.jit
-def _dropped(kept, group, KB: tl.constexpr, G: tl.constexpr):
-    """The bits that ``_step`` left in ``kept`` for these groups.
-
-    All words are read, so that no load waits for another's bits.
-    """
-    PER: tl.constexpr = 32 // KB
-    place = group % (G >> KB) * (1 << KB) + group // (G >> KB)
-    word = tl.zeros((_N,), tl.int32)
-    for k in tl.static_range((G + PER - 1) // PER):
-        word = tl.where(place // PER == k, tl.load(kept + k * _N + tl.arange(0, _N)), word)
-    shift = (32 - KB * PER + place % PER * KB).to(tl.uint32)
-    return (word.to(tl.uint32, bitcast=True) >> shift).to(tl.int32) & ((1 << KB) - 1)
-
-
-@triton.jit
-def _start(group, KB: tl.constexpr, G: tl.constexpr):
-    """Costs before a pass: none in this group, or in any if it is negative."""
-    costs = ()
-    for j in tl.static_range(G):
-        costs = costs + (tl.where((group == j) | (group < 0), START, UNREACHABLE) | j % (1 << KB),)
-    return costs
-
-
-@triton.jit
-def _first_least(costs, KB: tl.constexpr, G: tl.constexpr):
-    least, group = costs[0], tl.zeros((_N,), tl.int32)
-    for j in tl.static_range(1, G):
-        cost = costs[j] & -(1 << KB)
-        group = tl.where(cost < least, j, group)
-        least = tl.minimum(least, cost)
-    return group
-
-
-@triton.jit
-def _boundary(costs, kept, ROW: tl.constexpr, KB: tl.constexpr, G: tl.constexpr):
-    """The state after half of the 2 * HALF_SPAN steps, on the path that ends in the least of ``costs``."""
-    group = _first_least(costs, KB, G)
-    state = group
+def _boundary(costs, kept, NAME: tl.constexpr, ASM: tl.constexpr):
+    """Both states after half of the 2 * HALF_SPAN steps, on the paths that end in the least of ``costs``."""
+    a, b = _first_least(costs, NAME)
     for back in range(HALF_SPAN + 1):
-        state = (group << KB) | _dropped(kept + (2 * HALF_SPAN - 1 - back) * ROW, group, KB, G)
-        group = state % G
-    return state
+        words = _words(kept + (2 * HALF_SPAN - 1 - back) * (of(NAME, "words") * _N), NAME, ASM)
+        a, b = _before(words, a % of(NAME, "groups"), False, NAME), _before(words, b % of(NAME, "groups"), True, NAME)
+    return a, b
 
 
 @triton.jit
@@ -178,96 +81,112 @@ def _placed(bits, at, KB: tl.constexpr):
 
 
 @triton.jit
-def _stored(bits, step, word: tl.constexpr, VALUES: tl.constexpr, KB: tl.constexpr):
+def _stored(bits, step, word: tl.constexpr, NAME: tl.constexpr):
     """What this step of a group puts into this of its words: where steps have two values, their bits lie in planes."""
-    if VALUES == 2:
+    KB: tl.constexpr = of(NAME, "step_bits")
+    if of(NAME, "values") == 2:
         return ((bits >> word) & 1) << step
     else:
         return _placed(bits, step * KB - 32 * word, KB)
 
 
 @triton.jit
-def _write(
-    codes, table, kept, last, row, inside, STEPS, ROW: tl.constexpr, VALUES: tl.constexpr, KB: tl.constexpr,
-    G: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
-    """The code of the path that ends in state ``last``, by planes of words; returns the sum of its squared values."""
-    EACH: tl.constexpr = 32 * WORDS // KB
+def _joined(stream, state, step, NAME: tl.constexpr):
+    """The words of a group of steps with the bits of one of them, in the order of ``windows.to_planes``."""
+    MASK: tl.constexpr = (1 << of(NAME, "step_bits")) - 1
+    joined = ()
+    for w in tl.static_range(of(NAME, "stream_words")):
+        joined = joined + (stream[w] | _stored(state & MASK, step, w, NAME),)
+    return joined
+
+
+@triton.jit
+def _squares(table, state, NAME: tl.constexpr):
+    value = tl.load(table + state)
+    total = value * value
+    if of(NAME, "values") == 2:
+        value = tl.load(table + (of(NAME, "groups") << of(NAME, "step_bits")) + state)
+        total += value * value
+    return total
+
+
+@triton.jit
+def _write(codes, table, squares, kept, last_a, last_b, row, n, STEPS, NAME: tl.constexpr, ASM: tl.constexpr):
+    """The codes of the paths that end in these states, of vectors ``row`` and the next, by planes of words; and their
+    sums of squares.
+    """
+    WORDS: tl.constexpr = of(NAME, "stream_words")
+    EACH: tl.constexpr = 32 * WORDS // of(NAME, "step_bits")
+    G: tl.constexpr = of(NAME, "groups")
     RUNS = STEPS // EACH
-    squares = tl.zeros((_N,), tl.float32)
-    group = last
+    a, b = last_a, last_b
+    sum_a, sum_b = tl.zeros((_N,), tl.float32), tl.zeros((_N,), tl.float32)
     for run in range(RUNS):
         at = RUNS - 1 - run
-        stream = ()
+        stream_a, stream_b = (), ()
         for _ in tl.static_range(WORDS):
-            stream = stream + (tl.zeros((_N,), tl.int32),)
+            stream_a, stream_b = stream_a + (tl.zeros((_N,), tl.int32),), stream_b + (tl.zeros((_N,), tl.int32),)
         for part in range(EACH // 4):
             # Four at once: their loads overlap.
             for back in tl.static_range(4):
                 step = EACH - 1 - 4 * part - back
                 i = at * EACH + step
-                state = (group << KB) | _dropped(kept + i * ROW, group, KB, G)
-                state = tl.where(i == STEPS - 1, last, state)
-                group = state % G
-                for v in tl.static_range(VALUES):
-                    value = tl.load(table + v * (G << KB) + state)
-                    squares += value * value
-                joined = ()
-                for w in tl.static_range(WORDS):
-                    joined = joined + (stream[w] | _stored(state & ((1 << KB) - 1), step, w, VALUES, KB),)
-                stream = joined
+                words = _words(kept + i * (of(NAME, "words") * _N), NAME, ASM)
+                a, b = _before(words, a % G, False, NAME), _before(words, b % G, True, NAME)
+                a, b = tl.where(i == STEPS - 1, last_a, a), tl.where(i == STEPS - 1, last_b, b)
+                sum_a, sum_b = sum_a + _squares(table, a, NAME), sum_b + _squares(table, b, NAME)
+                stream_a, stream_b = _joined(stream_a, a, step, NAME), _joined(stream_b, b, step, NAME)
         for w in tl.static_range(WORDS):
-            tl.store(codes + row * (RUNS * WORDS) + w * RUNS + at, stream[w], mask=inside)
-    return squares
+            where = codes + row * (RUNS * WORDS) + w * RUNS + at
+            tl.store(where, stream_a[w], mask=row < n)
+            tl.store(where + RUNS * WORDS, stream_b[w], mask=row + 1 < n)
+    tl.store(squares + row, sum_a, mask=row < n)
+    tl.store(squares + row + 1, sum_b, mask=row + 1 < n)
 
 
 @triton.jit
-def _search(
-    x, table, scratch, codes, squares, first, n, stride, STEPS, SLOPES: tl.constexpr, OFFSETS: tl.constexpr,
-    VALUES: tl.constexpr, KB: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    PER: tl.constexpr = 32 // KB
-    ROW: tl.constexpr = (G + PER - 1) // PER * _N
-    row = (first + tl.program_id(0) * _N + tl.arange(0, _N)).to(tl.int64)
-    kept = scratch + tl.program_id(0).to(tl.int64) * (tl.maximum(STEPS, 2 * HALF_SPAN) * ROW)
-    state = tl.full((_N,), -1, tl.int32)
-    # The steps around the boundary, from anywhere; then all, from the boundary.
-    for phase in range(2):
-        begin = tl.where(phase == 0, STEPS - HALF_SPAN, 0)
-        costs = _start(state >> KB, KB, G)
-        a = tl.load(x + (begin * VALUES).to(tl.int64) * stride + row).to(tl.int32)
-        b = a
-        if VALUES == 2:
-            b = tl.load(x + (begin * VALUES + 1).to(tl.int64) * stride + row).to(tl.int32)
-        for i in range(tl.where(phase == 0, 2 * HALF_SPAN, STEPS)):
-            # Loaded a step ahead: so small a load is waited for.
-            at = ((begin + i + 1) % STEPS * VALUES).to(tl.int64) * stride + row
-            next_a = tl.load(x + at).to(tl.int32)
-            next_b = next_a
-            if VALUES == 2:
-                next_b = tl.load(x + at + stride).to(tl.int32)
-            costs = _step(costs, a, b, kept + i * ROW, SLOPES, OFFSETS, VALUES, KB, G, ASM)
-            a, b = next_a, next_b
-        if phase == 0:
-            state = _boundary(costs, kept, ROW, KB, G)
-    total = _write(codes, table, kept, state, row, row < n, STEPS, ROW, VALUES, KB, G, WORDS)
-    tl.store(squares + row, total, mask=row < n)
+def _pair(x, i, pair, stride, STEPS, NAME: tl.constexpr):
+    """What step i reads, uint32 [N] twice: the same, if it has but one value."""
+    at = x + (i % STEPS * of(NAME, "values")).to(tl.int64) * stride + pair
+    first = tl.load(at).to(tl.uint32, bitcast=True)
+    second = first
+    if of(NAME, "values") == 2:
+        second = tl.load(at + stride).to(tl.uint32, bitcast=True)
+    return first, second
 
 
 @triton.jit(do_not_specialize=["first", "n"])
 def search(
-    x, table, scratch, codes, squares, first, n, stride, STEPS, KB: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr,
+    x, table, scratch, codes, squares, first, n, stride, STEPS, NAME: tl.constexpr, VERSION: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """tcq2.5, tcq3 or tcq4 for vectors from number ``first`` on, below n: int16 ``x`` [STEPS * values, stride].
+    """Codes of vectors from number ``first`` on, below n: int32 ``x`` [STEPS * values, stride], a pair of float16 each.
 
-    The stride is a multiple of 32. Leaves ``codes`` int32 [n, STEPS * KB / 32], in the order of ``windows.to_planes``,
-    and in ``squares`` float32 [n] the sum of the squares of their values, which ``table`` float32 [values, states]
-    holds. ``scratch`` is int32, 13 KB or less for each of these vectors with 256 steps.
+    ``first`` is even, stride a multiple of 32, STEPS of those whose bits are ``group_words`` words. Leaves ``codes``
+    int32 [n, STEPS * step_bits / 32], in the order of ``windows.to_planes``, and in ``squares`` float32 [n] the sum of
+    the squares of their values, which ``table`` float32 [values, states] holds. ``scratch`` is int32, for each of these
+    pairs a word of every step and word of ``encode_assembly.Kept``. VERSION is that of the assembly.
     """
-    if KB == 3:
-        _search(x, table, scratch, codes, squares, first, n, stride, STEPS, SLOPES_3, OFFSETS_3, 1, KB, G, WORDS, ASM)
-    elif KB == 4:
-        _search(x, table, scratch, codes, squares, first, n, stride, STEPS, SLOPES_4, OFFSETS_4, 1, KB, G, WORDS, ASM)
-    else:
-        _search(x, table, scratch, codes, squares, first, n, stride, STEPS, SLOPES_25, OFFSETS_25, 2, KB, G, WORDS, ASM)
+    ROW: tl.constexpr = of(NAME, "words") * _N
+    EVERY: tl.constexpr = of(NAME, "renewed")
+    pair = first // 2 + tl.program_id(0) * _N + tl.arange(0, _N)
+    kept = scratch + tl.program_id(0).to(tl.int64) * (tl.maximum(STEPS, 2 * HALF_SPAN) * ROW)
+    a, b = tl.full((_N,), -1, tl.int32), tl.full((_N,), -1, tl.int32)
+    # The steps around the boundary, from anywhere; then all, from the boundary.
+    for phase in range(2):
+        begin = tl.where(phase == 0, STEPS - HALF_SPAN, 0)
+        costs = start(a >> of(NAME, "step_bits"), b >> of(NAME, "step_bits"), NAME, ASM)
+        now, beside = _pair(x, begin, pair, stride, STEPS, NAME)
+        for block in range(tl.where(phase == 0, 2 * HALF_SPAN, STEPS) // EVERY):
+            for i in range(block * EVERY, block * EVERY + EVERY):
+                # Loaded a step ahead: so small a load is waited for.
+                later, later_beside = _pair(x, begin + i + 1, pair, stride, STEPS, NAME)
+                costs = step_over(costs, now, beside, kept + i * ROW, NAME, ASM)
+                now, beside = later, later_beside
+            costs = renewed(costs, NAME, ASM)
+            if of(NAME, "limited") > 0:  # noqa: SIM102 - the outer one is decided by the compiler
+                if block * EVERY < of(NAME, "limited"):
+                    costs = limited(costs, NAME, ASM)
+        if phase == 0:
+            a, b = _boundary(costs, kept, NAME, ASM)
+    _write(codes, table, squares, kept, a, b, 2 * pair.to(tl.int64), n, STEPS, NAME, ASM)

@@ -1,4 +1,4 @@
-"""Encoding by trellis on the GPU: what surrounds the searches of ``encode.py`` and ``encode_pairs.py``."""
+"""Encoding by trellis on the GPU: what surrounds the search of ``encode.py``."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import functools
 import torch
 import triton
 
-from turbomoe.kv import trellis_pairs
 from turbomoe.kv.codecs.scales import root, spread_out, to_scale
-from turbomoe.kv.kernels import encode as singly
-from turbomoe.kv.kernels import encode_pairs
+from turbomoe.kv.kernels import encode as kernel
 from turbomoe.kv.kernels.checked import failure
+from turbomoe.kv.kernels.encode_assembly import THREADS, kept
+from turbomoe.kv.kernels.encode_step import PLANS
 from turbomoe.kv.kernels.stored import processors
 from turbomoe.kv.trellis_codebook import Trellis, codebook
-from turbomoe.kv.trellis_fixed import to_fixed
+from turbomoe.kv.trellis_fixed import to_halves
 from turbomoe.kv.trellis_search import HALF_SPAN
 from turbomoe.notices import Notice, board
 
@@ -36,40 +36,33 @@ def encode(x: torch.Tensor, trellis: Trellis, asm: bool = True) -> tuple[torch.T
 def search(spread: torch.Tensor, trellis: Trellis, asm: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Float32 [n, head_dim] of unit variance to codes uint8 [n, bytes] and the sum of their squares, float32 [n].
 
-    Scratch memory is bounded, whatever n is: up to 0.6 GB on a GPU of 132 processors.
+    Scratch memory is bounded, whatever n is: up to 0.9 GB on a GPU of 132 processors.
     """
     n, dim = spread.shape
-    steps, device, pairs = dim // trellis.values, spread.device, trellis_pairs.fits(trellis)
-    each = encode_pairs.VECTORS if pairs else singly.VECTORS
-    x = _columns(spread, trellis, each)
+    steps, device, each = dim // trellis.values, spread.device, kernel.VECTORS
+    x = _columns(spread, trellis)
     codes = torch.empty(n, steps * trellis.step_bits // 32, dtype=torch.int32, device=device)
     squares = torch.empty(n, dtype=torch.float32, device=device)
     programs = min(triton.cdiv(max(n, 1), each), WARPS * processors(device))
-    words = triton.cdiv(trellis.groups, encode_pairs.GROUPS_A_WORD if pairs else 32 // trellis.step_bits)
-    room = programs * max(steps, 2 * HALF_SPAN) * words * singly.VECTORS
+    room = programs * max(steps, 2 * HALF_SPAN) * kept(trellis).words * THREADS
     scratch = torch.empty(room, dtype=torch.int32, device=device)
-    table = codebook(trellis, str(device))
+    where = x, codebook(trellis, str(device)), scratch, codes, squares
     for first in range(0, n, programs * each):
         grid = min(programs, triton.cdiv(n - first, each))
-        where = x, table, scratch, codes, squares, first, n, x.shape[1], steps
-        if pairs:
-            encode_pairs.search[(grid,)](*where, ASM=asm, num_warps=1)
-        else:
-            constants = {"KB": trellis.step_bits, "G": trellis.groups, "WORDS": trellis.group_words}
-            singly.search[(grid,)](*where, **constants, ASM=asm, num_warps=1)
+        kernel.search[(grid,)](
+            *where, first, n, x.shape[1], steps, trellis.name, PLANS[trellis.name].version, ASM=asm, num_warps=1
+        )
     return codes.view(torch.uint8), squares
 
 
-def _columns(spread: torch.Tensor, trellis: Trellis, each: int) -> torch.Tensor:
-    """What the kernels read, for whole programs of ``each`` vectors: int16 [head_dim, vectors], or int32 [head_dim,
-    vectors / 2] of two float16 each.
-    """
+def _columns(spread: torch.Tensor, trellis: Trellis) -> torch.Tensor:
+    """What the kernel reads, for whole programs: int32 [head_dim, vectors / 2], two float16 in each."""
     n, dim = spread.shape
-    pairs = trellis_pairs.fits(trellis)
-    padded = triton.cdiv(max(n, 1), each) * each
-    x = torch.zeros(dim, padded, dtype=torch.float16 if pairs else torch.int16, device=spread.device)
-    x[:, :n] = (trellis_pairs.to_halves(spread) if pairs else to_fixed(spread, trellis)).t()
-    return x.view(torch.int32) if pairs else x
+    x = torch.zeros(
+        dim, triton.cdiv(max(n, 1), kernel.VECTORS) * kernel.VECTORS, dtype=torch.float16, device=spread.device
+    )
+    x[:, :n] = to_halves(spread, trellis).t()
+    return x.view(torch.int32)
 
 
 @functools.cache
