@@ -55,6 +55,11 @@ def halves(x: Words) -> npt.NDArray[np.float64]:
     return both.view(np.float16).astype(np.float64)
 
 
+def bytes_of(x: Words) -> npt.NDArray[np.float64]:
+    """The four signed bytes of each word, the lowest first: [..., 4]."""
+    return np.stack([x >> 8 * i & 0xFF for i in range(4)], -1).astype(np.uint8).view(np.int8).astype(np.float64)
+
+
 def _rounded(x: npt.NDArray[np.float64]) -> Words:
     """Float64 holds sums and products of a few halves exactly, so they are rounded once."""
     bits = x.astype(np.float16).view(np.uint16).astype(np.uint32)
@@ -66,6 +71,7 @@ _OPERATIONS = {
     "mov.b32": lambda a: a,
     "and.b32": lambda a, b: a & b,
     "xor.b32": lambda a, b: a ^ b,
+    "or.b32": lambda a, b: a | b,
     "shr.b32": lambda a, b: a >> b,
     "shl.b32": lambda a, b: a << b,
     "sub.s32": lambda a, b: a - b,

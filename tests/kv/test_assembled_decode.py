@@ -16,8 +16,9 @@ from turbomoe.kv.kernels import launch
 from turbomoe.kv.kernels.layout import SCALAR_BITS, block
 from turbomoe.kv.trellis_codebook import TRELLISES
 
-_EVERY = [block(name) for name in (*SCALAR_BITS, *TRELLISES)] + [block(name, for_scores=True) for name in TRELLISES]
-BLOCKS = {each.text: each for each in _EVERY}
+BLOCKS = {
+    each.text: each for name in (*SCALAR_BITS, *TRELLISES) for each in (block(name), block(name, for_scores=True))
+}
 
 
 class _Call:

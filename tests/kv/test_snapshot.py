@@ -264,5 +264,5 @@ def test_means_shapes_states_versions_and_signs_matter(monkeypatch):
     assert depends_on(half)["dtype"] == "bfloat16" != mine["dtype"]
     monkeypatch.setattr("turbomoe.kv.hadamard.SIGN_SEED", "other signs")
     assert depends_on(cache_for(PLAIN))["rotation"] == "other signs" != mine["rotation"]
-    monkeypatch.setattr(type(make_codec("tq3", DIM)), "version", 2)
+    monkeypatch.setattr(type(make_codec("tq3", DIM)), "version", 9)
     assert depends_on(cache_for(PLAIN))["codecs"] != mine["codecs"]

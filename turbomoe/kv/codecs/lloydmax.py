@@ -27,6 +27,7 @@ class LloydMaxCodec(Codec):
     """
 
     rotated = True
+    version = 2  # other levels in 1
 
     def __init__(self, bits: int, head_dim: int) -> None:
         super().__init__(head_dim)

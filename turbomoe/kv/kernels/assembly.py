@@ -13,7 +13,10 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from turbomoe.kv.codebooks import POSITIVE_STEPS
 from turbomoe.kv.trellis_codebook import ALL, UNIT, Lookup, Trellis
+
+OF_SIXTEEN = 64  # added to the levels of 4 bits, so that none has a sign
 
 
 @dataclass(frozen=True)
@@ -112,17 +115,52 @@ def scalar(bits: int) -> Block:
     return w.block()
 
 
+def key_bytes(bits: int) -> bytes:
+    """What ``scalar_bytes`` looks up: the levels in steps, signed, or of 16 ``OF_SIXTEEN`` more; whole words."""
+    steps = [-n for n in reversed(POSITIVE_STEPS[bits])] + list(POSITIVE_STEPS[bits])
+    return bytes((n + (OF_SIXTEEN if bits == 4 else 0)) & 0xFF for n in steps)
+
+
+def scalar_bytes(bits: int) -> Block:
+    """Codes to signed bytes, four a register. In: as ``scalar``, but ``key_bytes``.
+
+    Sixteen levels are two tables of eight. A nibble whose highest bit is set asks for copies of the sign of a byte,
+    which are zeros here, so each table answers for its own half and what they say is joined.
+    """
+    words, table = (2 if bits == 3 else 1), max(1, (1 << bits) // 4)
+    w = Writer(words + table, 2 if bits == 4 else 4)
+    tables = [w.word(words + i) for i in range(table)]
+    if bits == 4:
+        other = w.op("xor.b32", w.word(0), w.constant("0x88888888"))
+        for half in (0, 1):
+            below = w.op("prmt.b32", *tables[:2], _shifted(w, w.word(0), 16 * half))
+            above = w.op("prmt.b32", *tables[2:], _shifted(w, other, 16 * half))
+            w.op("or.b32", below, above, to=f"${half}")
+        return w.block()
+    for j in (0, 1):
+        chosen = _nibbles(w, bits, j)
+        for half in (0, 1):
+            w.op("prmt.b32", tables[0], tables[-1], _shifted(w, chosen, 16 * half), to=f"${2 * j + half}")
+    return w.block()
+
+
+def _nibbles(w: Writer, bits: int, j: int) -> str:
+    """In nibble n the code of 2 or 3 bits at bits 2 j or 2 j + 4 of byte n // 2."""
+    chosen = w.op("and.b32", _shifted(w, w.word(0), 2 * j), w.constant("0x33333333"))
+    if bits == 3:
+        chosen = _masked(w, _shifted(w, w.word(1), 2 * j - 2), "0x44444444", chosen)
+    return chosen
+
+
 def _bytes_of(w: Writer, low: list[str], high: list[str], chosen: str) -> tuple[str, str]:
     """The low and the high bytes of the levels that the lowest four nibbles choose."""
     return w.op("prmt.b32", *low, chosen), w.op("prmt.b32", *high, chosen)
 
 
 def _up_to_eight(w: Writer, bits: int, low: list[str], high: list[str]) -> None:
-    """Nibble n of ``chosen`` is the code at bits j or j + 2 of byte n // 2, so half of it serves two bytes."""
+    """Half of the nibbles serve two bytes."""
     for j in (0, 1):
-        chosen = w.op("and.b32", _shifted(w, w.word(0), 2 * j), w.constant("0x33333333"))
-        if bits == 3:
-            chosen = _masked(w, _shifted(w, w.word(1), 2 * j - 2), "0x44444444", chosen)
+        chosen = _nibbles(w, bits, j)
         for half in (0, 1):
             found = _bytes_of(w, low, high, _shifted(w, chosen, 16 * half))
             for k in (0, 1):

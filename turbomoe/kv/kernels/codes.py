@@ -10,8 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from turbomoe.kv.kernels.layout import block, byte_offset
-from turbomoe.kv.trellis_codebook import UNIT as _UNIT
+from turbomoe.kv.kernels.layout import block, byte_offset, byte_unit
 
 _BLOCKS = {name: block(name) for name in ("tq2", "tq3", "tq4", "tcq2", "tcq2.5", "tcq3", "tcq4")}
 TQ2_TEXT, TQ2_REGISTERS = (tl.constexpr(part) for part in _BLOCKS["tq2"].parts)
@@ -21,13 +20,16 @@ TCQ2_TEXT, TCQ2_REGISTERS = (tl.constexpr(part) for part in _BLOCKS["tcq2"].part
 TCQ25_TEXT, TCQ25_REGISTERS = (tl.constexpr(part) for part in _BLOCKS["tcq2.5"].parts)
 TCQ3_TEXT, TCQ3_REGISTERS = (tl.constexpr(part) for part in _BLOCKS["tcq3"].parts)
 TCQ4_TEXT, TCQ4_REGISTERS = (tl.constexpr(part) for part in _BLOCKS["tcq4"].parts)
-_BYTES = {name: block(name, for_scores=True) for name in ("tcq2", "tcq2.5", "tcq3", "tcq4")}
+_BYTES = {name: block(name, for_scores=True) for name in _BLOCKS}
+TQ2_BYTES, TQ2_BYTE_REGISTERS = (tl.constexpr(part) for part in _BYTES["tq2"].parts)
+TQ3_BYTES, TQ3_BYTE_REGISTERS = (tl.constexpr(part) for part in _BYTES["tq3"].parts)
+TQ4_BYTES, TQ4_BYTE_REGISTERS = (tl.constexpr(part) for part in _BYTES["tq4"].parts)
 TCQ2_BYTES, TCQ2_BYTE_REGISTERS = (tl.constexpr(part) for part in _BYTES["tcq2"].parts)
 TCQ25_BYTES, TCQ25_BYTE_REGISTERS = (tl.constexpr(part) for part in _BYTES["tcq2.5"].parts)
 TCQ3_BYTES, TCQ3_BYTE_REGISTERS = (tl.constexpr(part) for part in _BYTES["tcq3"].parts)
 TCQ4_BYTES, TCQ4_BYTE_REGISTERS = (tl.constexpr(part) for part in _BYTES["tcq4"].parts)
-UNIT = tl.constexpr(_UNIT)
 OFFSETS = tl.constexpr({name: byte_offset(name) for name in _BYTES})
+UNITS = tl.constexpr({name: byte_unit(name) for name in _BYTES})
 
 
 @triton.constexpr_function
@@ -37,9 +39,9 @@ def are_bytes(kind, offsets):
 
 
 @triton.constexpr_function
-def offset_of_bytes(kind, offsets):
-    """What is added to twice a byte, to be a value in half of ``UNIT``."""
-    return offsets[kind]
+def of_kind(kind, each):
+    """Its own of ``OFFSETS`` or ``UNITS``: a value is twice a byte and the offset, times half of the unit."""
+    return each[kind]
 
 
 @triton.jit
@@ -245,7 +247,24 @@ def _registers(group, tables, KIND: tl.constexpr):
 @triton.jit
 def _byte_registers(group, tables, KIND: tl.constexpr):
     """int32 [N, registers], by group: four bytes each, of keys."""
-    if KIND == "tcq2":
+    if KIND == "tq2":
+        a, b, c, d = tl.inline_asm_elementwise(
+            TQ2_BYTES, TQ2_BYTE_REGISTERS, [group[0], tables[0]], dtype=(tl.int32,) * 4, is_pure=True, pack=1
+        )
+        return _merge4(a, b, c, d)
+    elif KIND == "tq3":
+        a, b, c, d = tl.inline_asm_elementwise(
+            TQ3_BYTES, TQ3_BYTE_REGISTERS, [group[0], group[1], tables[0], tables[1]], dtype=(tl.int32,) * 4,
+            is_pure=True, pack=1,
+        )  # fmt: skip
+        return _merge4(a, b, c, d)
+    elif KIND == "tq4":
+        a, b = tl.inline_asm_elementwise(
+            TQ4_BYTES, TQ4_BYTE_REGISTERS, [group[0], tables[0], tables[1], tables[2], tables[3]],
+            dtype=(tl.int32,) * 2, is_pure=True, pack=1,
+        )  # fmt: skip
+        return _merge(a, b)
+    elif KIND == "tcq2":
         a, b, c, d = tl.inline_asm_elementwise(
             TCQ2_BYTES, TCQ2_BYTE_REGISTERS, [group[0], group[1], tables[0], tables[1], tables[2], tables[3]],
             dtype=(tl.int32,) * 4, is_pure=True, pack=1,
@@ -351,8 +370,7 @@ def vectors(
     FOR_SCORES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """float16 [64, D / CHUNKS]: a chunk of the vectors at byte offsets ``rows`` int64 [64] from ``codes``, without
-    scales. For scores int8, where ``are_bytes``: a value is twice the byte and ``offset_of_bytes``, times
-    half of ``UNIT``.
+    scales. For scores int8, where ``are_bytes``, in units and from an offset ``of_kind``.
 
     Row n holds vector ``row_order(n)``. ``dims`` int32 [D / CHUNKS] are the chunk's part of ``layout.column_dims``.
     """
@@ -360,5 +378,6 @@ def vectors(
         return decoded(words(codes, rows, D, KIND, CHUNK, CHUNKS), lookup(table, KIND), KIND, FOR_SCORES)
     x = _looked_up(codes, rows, dims, table, D, KIND)
     if FOR_SCORES and are_bytes(KIND, OFFSETS):
-        x = ((x.to(tl.float32) * (2 / UNIT) - offset_of_bytes(KIND, OFFSETS)) * 0.5).to(tl.int8)
+        steps = tl.floor(x.to(tl.float32) * (2 / of_kind(KIND, UNITS)) + 0.5)
+        x = ((steps - of_kind(KIND, OFFSETS)) * 0.5).to(tl.int8)
     return _in_row_order(x)

@@ -20,11 +20,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from turbomoe.kv.kernels.codes import (
     OFFSETS,
-    UNIT,
+    UNITS,
     are_bytes,
     decoded,
     lookup,
-    offset_of_bytes,
+    of_kind,
     row_order,
     vectors,
     words,
@@ -83,8 +83,8 @@ def prepare(
             high = (whole + 64) >> 7
             tl.store(turned + 2 * row * D + column, high.to(tl.int8))
             tl.store(turned + (2 * row + 1) * D + column, (whole - high * 128).to(tl.int8))
-            tl.store(lifts + row, tl.sum(whole, 0) * offset_of_bytes(K_KIND, OFFSETS))
-            tl.store(factors + row, safe * scale * (LOG2E * UNIT / 2 / LARGEST_QUERY))
+            tl.store(lifts + row, tl.sum(whole, 0) * of_kind(K_KIND, OFFSETS))
+            tl.store(factors + row, safe * scale * (LOG2E * of_kind(K_KIND, UNITS) / 2 / LARGEST_QUERY))
         else:
             tl.store(turned + row * D + column, (x / safe).to(tl.float16))
             tl.store(factors + row, safe * scale * LOG2E)
@@ -306,11 +306,9 @@ def _pages(
     k_scale, v_scale = _scales(k_scales, page, h, KV_HEADS, K_SCALED), _scales(v_scales, page, h, KV_HEADS, V_SCALED)
     at = (page * KV_HEADS + h) * PAGE
     k_held = _words(k_codes, at, D, K_KIND, K_WIDTH, 0, CHUNKS, K_AHEAD)
-    v_held = _words(v_codes, at, D, V_KIND, V_WIDTH, 0, CHUNKS, V_AHEAD)
     if CHUNKS == 2:
         k_order_2, v_order_2 = tl.load(k_dims + PART + part_of), tl.load(v_dims + PART + part_of)
         k_held_2 = _words(k_codes, at, D, K_KIND, K_WIDTH, 1, CHUNKS, K_AHEAD)
-        v_held_2 = _words(v_codes, at, D, V_KIND, V_WIDTH, 1, CHUNKS, V_AHEAD)
         far_2 = tl.zeros((PART, QUERIES), tl.float32)
     total = tl.zeros((PAGE, QUERIES), tl.float32)
     far = tl.zeros((PART, QUERIES), tl.float32)
@@ -331,11 +329,13 @@ def _pages(
         next_k_scale = _scales(k_scales, next_page, h, KV_HEADS, K_SCALED)
         next_v_scale = _scales(v_scales, next_page, h, KV_HEADS, V_SCALED)
         next_at = (next_page * KV_HEADS + h) * PAGE
+        here = (page * KV_HEADS + h) * PAGE
+        v_held = _words(v_codes, here, D, V_KIND, V_WIDTH, 0, CHUNKS, V_AHEAD)
+        if CHUNKS == 2:
+            v_held_2 = _words(v_codes, here, D, V_KIND, V_WIDTH, 1, CHUNKS, V_AHEAD)
         next_k = _words(k_codes, next_at, D, K_KIND, K_WIDTH, 0, CHUNKS, K_AHEAD)
-        next_v = _words(v_codes, next_at, D, V_KIND, V_WIDTH, 0, CHUNKS, V_AHEAD)
         if CHUNKS == 2:
             next_k_2 = _words(k_codes, next_at, D, K_KIND, K_WIDTH, 1, CHUNKS, K_AHEAD)
-            next_v_2 = _words(v_codes, next_at, D, V_KIND, V_WIDTH, 1, CHUNKS, V_AHEAD)
         at = (tl.load(row_of_table + tile) * KV_HEADS + h) * PAGE
         seen = tile * PAGE + row_order(n) < coded
         k = _held(
@@ -369,10 +369,10 @@ def _pages(
                 False, V_AHEAD, ASM,
             )  # fmt: skip
             far_2 = _mix(far_2, shrink, weights, v, V_EXACT, PRECISION)
-        next_page, k_scale, v_scale, offset = page_after, next_k_scale, next_v_scale, next_offset
-        k_held, v_held = next_k, next_v
+        page, next_page, k_scale, v_scale, offset = next_page, page_after, next_k_scale, next_v_scale, next_offset
+        k_held = next_k
         if CHUNKS == 2:
-            k_held_2, v_held_2 = next_k_2, next_v_2
+            k_held_2 = next_k_2
     if EARLY:
         gdc_launch_dependents()
     sum_of_weights = tl.sum(total, 0)

@@ -10,9 +10,9 @@ import functools
 
 import torch
 
-from turbomoe.kv.codebooks import levels
+from turbomoe.kv.codebooks import STEPS, levels
 from turbomoe.kv.kernels import assembly, plane_assembly
-from turbomoe.kv.trellis_codebook import TRELLISES, Trellis, codebook
+from turbomoe.kv.trellis_codebook import TRELLISES, UNIT, Trellis, codebook
 
 SCALAR_BITS = {"tq2": 2, "tq3": 3, "tq4": 4}
 
@@ -30,7 +30,7 @@ def value_pairs(trellis: Trellis) -> list[tuple[int, int]]:
 def block(name: str, for_scores: bool = False) -> assembly.Block:
     """The assembly that decodes a group of words of this codec: to pairs of halves, or four bytes (``in_bytes``)."""
     if name in SCALAR_BITS:
-        return assembly.scalar(SCALAR_BITS[name])
+        return (assembly.scalar_bytes if for_scores else assembly.scalar)(SCALAR_BITS[name])
     trellis = TRELLISES[name]
     return (assembly.trellis if trellis.magnitudes is None else plane_assembly.planes)(trellis, as_bytes=for_scores)
 
@@ -40,19 +40,30 @@ def in_bytes(name: str) -> bool:
 
     It saves turning bytes into halves, and half the products.
     """
-    return name in TRELLISES
+    return name in TRELLISES or name in SCALAR_BITS
 
 
 def byte_offset(name: str) -> int:
-    """What is added to twice a byte of such keys, to be a value in half of ``trellis_codebook.UNIT``."""
+    """What is added to twice a byte of such keys, to be a value in half of ``byte_unit``."""
+    if name in SCALAR_BITS:
+        return -2 * assembly.OF_SIXTEEN if name == "tq4" else 0
     trellis = TRELLISES[name]
     return 1 if trellis.magnitudes is not None else 2 * (128 + assembly.lowest(trellis))
 
 
-def _group_dims(name: str, head_dim: int) -> torch.Tensor:
-    """int64 [registers, 2]: the dims of the first group, by register and lane."""
+def byte_unit(name: str) -> float:
+    return STEPS[SCALAR_BITS[name]] if name in SCALAR_BITS else UNIT
+
+
+def _group_dims(name: str, head_dim: int, as_bytes: bool) -> torch.Tensor:
+    """int64 [registers, 2], or 4 where they are bytes: the dims of the first group, by register and lane."""
     if name in TRELLISES:
-        return torch.tensor(value_pairs(TRELLISES[name]))
+        dims = torch.tensor(value_pairs(TRELLISES[name]))
+        return dims.view(-1, 4) if as_bytes else dims
+    if as_bytes:  # nibbles of a word, of which two codes of 2 bits share one
+        nibble, slots = torch.arange(8).view(2, 4), 1 if name == "tq4" else 2
+        slot = nibble % 2 * slots + torch.arange(slots)[:, None, None]
+        return (slot * (head_dim // (2 * slots)) + nibble // 2).flatten(0, 1)
     # Register 2 j + i holds codes j of two bytes: i and i + 2 of four bits, else 2 i and 2 i + 1.
     runs = 2 if name == "tq4" else 4
     register = torch.arange(2 * runs)[:, None]
@@ -63,9 +74,11 @@ def _group_dims(name: str, head_dim: int) -> torch.Tensor:
 def chunks(head_dim: int, *names: str) -> int:
     """In how many parts a vector is decoded, one after the other: halves of a long one take half the registers.
 
-    With groups of five words a half would have two of them, too few for four threads.
+    Codes of up to three bits do without, and are faster so. With groups of five words a half would have two of them,
+    too few for four threads.
     """
-    return 1 if "tcq2.5" in names else max(1, head_dim // 128)
+    light = all(name in {"tq2", "tq3", "tcq2", "tcq3"} for name in names)
+    return 1 if light or "tcq2.5" in names else max(1, head_dim // 128)
 
 
 @functools.lru_cache(maxsize=64)
@@ -80,9 +93,7 @@ def column_dims(
     if name not in SCALAR_BITS and name not in TRELLISES:
         natural = torch.arange(head_dim, dtype=torch.int32, device=device)
         return natural, natural
-    dims = _group_dims(name, head_dim)
-    if for_scores and in_bytes(name):
-        dims = dims.view(-1, 4)
+    dims = _group_dims(name, head_dim, for_scores)
     registers, groups = len(dims), head_dim // dims.numel()
     groups //= parts
     own = max(1, min(4, groups // 4))
@@ -104,8 +115,8 @@ def _digits(*shape: int) -> list[torch.Tensor]:
 
 
 @functools.lru_cache(maxsize=64)
-def table(name: str, device: str = "cpu") -> torch.Tensor:
-    """float16: levels, then the bits of what the assembly looks up; else one zero.
+def table(name: str, for_scores: bool = False, device: str = "cpu") -> torch.Tensor:
+    """float16: levels, then the bits of what the assembly looks up, four words or more; else one zero.
 
     Levels are a trellis codebook, by value and window, or those of a scalar codec, by code.
     """
@@ -117,6 +128,8 @@ def table(name: str, device: str = "cpu") -> torch.Tensor:
     elif name in SCALAR_BITS:
         found = levels(SCALAR_BITS[name])
         known, bytes_ = torch.tensor(found, dtype=torch.float16), assembly.byte_tables(found)
+        if for_scores:
+            bytes_ = (assembly.key_bytes(SCALAR_BITS[name]) * 4)[:16]
     else:
         return torch.zeros(1, dtype=torch.float16, device=device)
     return torch.cat([known, torch.frombuffer(bytearray(bytes_), dtype=torch.float16)]).to(device)

@@ -37,6 +37,6 @@ def stored(side: Side, dim: int, for_scores: bool, halves: int, device: str) -> 
     name = kind_of(side)
     dims, columns = column_dims(name, dim, for_scores, halves, device)
     if side.codec is None:
-        return side.ring, side.ring, dims, table(name, device), columns
+        return side.ring, side.ring, dims, table(name, for_scores, device), columns
     codes = side.planes[0]
-    return codes, side.planes[1] if len(side.planes) > 1 else codes, dims, table(name, device), columns
+    return codes, side.planes[1] if len(side.planes) > 1 else codes, dims, table(name, for_scores, device), columns
