@@ -1,8 +1,9 @@
 """PTX for the trellis search: a step over all states of a trellis, in one block, two vectors a register.
 
 A state and step is one addition and minimum, which the assembler joins (sm_90); a group, three instructions more that
-change the lowest bits of its cost for its own, and note what they were. States come in one of two orders. Where the registers hold all distances beside the costs, groups that share predecessors follow each other, so
-that new costs take the place of old ones. Else states of equal distance do, so that none is made twice or kept.
+change the lowest bits of its cost for its own, and note what they were. States come in one of two orders. Where the
+registers hold all distances beside the costs, groups that share predecessors follow each other, so that new costs take
+the place of old ones. Else states of equal distance do, so that none is made twice or kept.
 """
 
 from __future__ import annotations
