@@ -1,9 +1,9 @@
 """PTX for the trellis search: a step over all states of a trellis, in one block, two vectors a register.
 
 A state and step is one addition and minimum, which the assembler joins (sm_90); a group, three instructions more that
-part the lowest bits of its cost from the rest, name the group, and note what was dropped. States come in one of two
-orders. Where the registers hold all distances beside the costs, groups that share predecessors follow each other, so
-that new costs take the place of old ones. Else states of equal distance do, so that none is made twice or kept.
+change the lowest bits of its cost for its own, and note what they were. States come in one of two orders. Where the
+registers hold all distances beside the costs, groups that share predecessors follow each other, so that new costs take
+the place of old ones. Else states of equal distance do, so that none is made twice or kept.
 """
 
 from __future__ import annotations
@@ -110,23 +110,25 @@ class _Step:
         return self.made[key]
 
     def _part(self, group: int) -> None:
-        least = self.least[group]
-        dropped = self.w.op("and.b32", least, twice(self.many - 1))
-        # As additions: one of three operands.
-        rest = self.w.op("sub.s32", least, dropped)
-        self.w.op("add.u32", rest, twice(group % self.many), to=f"${group}")
-        self._note(self.kept.place(group), dropped)
-
-    def _note(self, place: int, dropped: str) -> None:
-        number, shift = place // self.kept.each, place % self.kept.each * self.trellis.step_bits
-        noted = self.words.setdefault(number, [])
-        if noted:
-            noted.append(self.w.op("mad.lo.u32", dropped, str(1 << shift), noted[-1]))
-        else:
-            noted.append(self.w.op("shl.b32", dropped, str(shift)) if shift else dropped)
-        if len(noted) == min(self.kept.each, self.trellis.groups - number * self.kept.each):
+        """What was dropped is what the cost lost, but for the bits that it got: so multiply-adds note it, for which
+        there is more room than for bitwise instructions.
+        """
+        least, own, rest = self.least[group], twice(group % self.many), twice(0xFFFF & -self.many)
+        self.w.op("lop3.b32", least, self.w.constant(rest), own, "0xea", to=f"${group}")  # (least & rest) | own
+        place = self.kept.place(group)
+        number, factor = place // self.kept.each, 1 << place % self.kept.each * self.trellis.step_bits
+        noted = self.words.setdefault(number, [self._own_bits(number)])
+        before = self.w.op("mad.lo.u32", least, str(factor), noted[-1])
+        noted.append(self.w.op("mad.lo.u32", f"${group}", str(-factor), before))
+        if len(noted) > min(self.kept.each, self.trellis.groups - number * self.kept.each):
             where = f"[{self.w.word(self.w.inputs)}+{4 * THREADS * number}]"
             self.w.op("st.global.b32", noted[-1], to=where)
+
+    def _own_bits(self, number: int) -> str:
+        """A word that holds each group's own bits in its place."""
+        groups = [g for g in range(self.trellis.groups) if self.kept.place(g) // self.kept.each == number]
+        shifts = [self.kept.place(g) % self.kept.each * self.trellis.step_bits for g in groups]
+        return twice(sum(g % self.many << shift for g, shift in zip(groups, shifts, strict=True)))
 
 
 def _order(trellis: Trellis) -> list[int]:
