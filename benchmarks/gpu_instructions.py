@@ -10,6 +10,7 @@ highest. Then what the assembly of each codec takes of them for a value, unpacki
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import re
 import sys
@@ -74,20 +75,25 @@ def lanes(line: str) -> float:
     return CHAINS * UNROLLED * ROUNDS * threads / clocks
 
 
-def per_value(name: str) -> dict[str, float]:
-    """Instructions a value of a codec, by name; constants are made once."""
-    found = collections.Counter(re.findall(r"^(\w+)\.(?!reg)", block(name).text, re.MULTILINE))
-    return {each: count / (2 * block(name).outputs) for each, count in found.items() if each != "mov"}
+def per_value(name: str, for_scores: bool) -> dict[str, float]:
+    """Instructions a value of a codec, by name: of values as halves or, for scores, keys as bytes; constants are made
+    once.
+    """
+    made = block(name, for_scores)
+    found = collections.Counter(re.findall(r"^(\w+)\.(?!reg)", made.text, re.MULTILINE))
+    values = (4 if for_scores else 2) * made.outputs
+    return {each: count / values for each, count in found.items() if each != "mov"}
 
 
 def main() -> None:
     found = {name: lanes(line) for name, line in INSTRUCTIONS.items()}
     for name, rate in found.items():
         print(f"{name:40} {rate:6.1f} lanes a clock")
-    counts = {name: per_value(name) for name in (*SCALAR_BITS, *TRELLISES)}
-    for name, count in counts.items():
-        kinds = ", ".join(f"{each} {number:.2f}" for each, number in count.items())
-        print(f"{name:7} {sum(count.values()):.2f} a value: {kinds}")
+    names = (*SCALAR_BITS, *TRELLISES)
+    counts = {side: {name: per_value(name, side == "keys") for name in names} for side in ("keys", "values")}
+    for side, name in itertools.product(counts, names):
+        kinds = ", ".join(f"{each} {number:.2f}" for each, number in counts[side][name].items())
+        print(f"{side:7}{name:7} {sum(counts[side][name].values()):.2f}: {kinds}")
     print(json.dumps({**stamp(), "lanes": found, "per_value": counts}))
 
 

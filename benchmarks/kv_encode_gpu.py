@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from turbomoe.kv.codecs import make_codec
 from turbomoe.kv.codecs.scales import matched_scale, spread_out
 from turbomoe.kv.codecs.windows import pack_steps, to_planes
-from turbomoe.kv.kernels import encoding
+from turbomoe.kv.kernels import encode_input, encoding
 from turbomoe.kv.trellis_codebook import GAUSSIAN_NMSE, TRELLISES, codebook
 from turbomoe.kv.trellis_fixed import search_fixed
 from turbomoe.kv.trellis_search import HALF_SPAN
@@ -122,9 +122,9 @@ def floor_us(name: str, dim: int) -> float:
 def time_codec(name: str, dim: int, vectors: int) -> dict[str, Any]:
     codec, trellis = make_codec(name, dim), TRELLISES[name]
     x = torch.randn(vectors, dim, device="cuda")
-    spread = spread_out(x)[0]
+    columns = encode_input.columns(x, trellis)[0]
     whole = milliseconds(lambda: codec.encode(x))
-    alone = milliseconds(lambda: encoding.search(spread, trellis))
+    alone = milliseconds(lambda: encoding.search(columns, vectors, trellis))
     few = milliseconds(lambda: codec.encode(x[:64]))
     row = {"codec": name, "dim": dim, "vectors": vectors, "ms": whole, "search_ms": alone, "few_ms": few,
            "us": 1e3 * whole / vectors, "floor_us": floor_us(name, dim)}  # fmt: skip

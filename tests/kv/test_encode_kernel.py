@@ -159,4 +159,4 @@ def test_the_kernel_finds_the_same_in_the_interpreter() -> None:
     }
     done = subprocess.run([sys.executable, str(SCRIPT)], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("equal") == 3
+    assert done.stdout.count("equal") == 6

@@ -7,14 +7,14 @@ import functools
 import torch
 import triton
 
-from turbomoe.kv.codecs.scales import root, spread_out, to_scale
+from turbomoe.kv.codecs.scales import root, to_scale
 from turbomoe.kv.kernels import encode as kernel
 from turbomoe.kv.kernels.checked import failure
 from turbomoe.kv.kernels.encode_assembly import THREADS, kept
+from turbomoe.kv.kernels.encode_input import columns
 from turbomoe.kv.kernels.encode_step import PLANS
 from turbomoe.kv.kernels.stored import processors
 from turbomoe.kv.trellis_codebook import Trellis, codebook
-from turbomoe.kv.trellis_fixed import to_halves
 from turbomoe.kv.trellis_search import HALF_SPAN
 from turbomoe.notices import Notice, board
 
@@ -26,43 +26,34 @@ def encode(x: torch.Tensor, trellis: Trellis, asm: bool = True) -> tuple[torch.T
 
     The codes are those of ``trellis_fixed.search_fixed``. Without ``asm`` by its plain twin.
     """
-    spread, peak, norm = spread_out(x.float())
-    rows = spread.reshape(-1, x.shape[-1]).nan_to_num(nan=0.0)
-    codes, squares = search(rows, trellis, asm)
-    scales = to_scale(peak * (norm / root(squares).view(peak.shape)))
-    return codes.view(*x.shape[:-1], codes.shape[-1]), scales
+    dim = x.shape[-1]
+    read, peaks, norms = columns(x.reshape(-1, dim), trellis)
+    codes, squares = search(read, len(peaks), trellis, asm)
+    scales = to_scale(peaks * (norms / root(squares)))
+    return codes.view(*x.shape[:-1], codes.shape[-1]), scales.view(*x.shape[:-1], 1)
 
 
-def search(spread: torch.Tensor, trellis: Trellis, asm: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 [n, head_dim] of unit variance to codes uint8 [n, bytes] and the sum of their squares, float32 [n].
+def search(
+    columns: torch.Tensor, n: int, trellis: Trellis, asm: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """What ``encode_input.columns`` makes of n vectors to codes uint8 [n, bytes] and the sum of their squares, float32
+    [n].
 
     Scratch memory is bounded, whatever n is: up to 0.9 GB on a GPU of 132 processors.
     """
-    n, dim = spread.shape
-    steps, device, each = dim // trellis.values, spread.device, kernel.VECTORS
-    x = _columns(spread, trellis)
+    steps, device, each = len(columns) // trellis.values, columns.device, kernel.VECTORS
     codes = torch.empty(n, steps * trellis.step_bits // 32, dtype=torch.int32, device=device)
     squares = torch.empty(n, dtype=torch.float32, device=device)
     programs = min(triton.cdiv(max(n, 1), each), WARPS * processors(device))
     room = programs * max(steps, 2 * HALF_SPAN) * kept(trellis).words * THREADS
     scratch = torch.empty(room, dtype=torch.int32, device=device)
-    where = x, codebook(trellis, str(device)), scratch, codes, squares
+    where = columns, codebook(trellis, str(device)), scratch, codes, squares
     for first in range(0, n, programs * each):
         grid = min(programs, triton.cdiv(n - first, each))
         kernel.search[(grid,)](
-            *where, first, n, x.shape[1], steps, trellis.name, PLANS[trellis.name].version, ASM=asm, num_warps=1
+            *where, first, n, columns.shape[1], steps, trellis.name, PLANS[trellis.name].version, ASM=asm, num_warps=1
         )
     return codes.view(torch.uint8), squares
-
-
-def _columns(spread: torch.Tensor, trellis: Trellis) -> torch.Tensor:
-    """What the kernel reads, for whole programs: int32 [head_dim, vectors / 2], two float16 in each."""
-    n, dim = spread.shape
-    x = torch.zeros(
-        dim, triton.cdiv(max(n, 1), kernel.VECTORS) * kernel.VECTORS, dtype=torch.float16, device=spread.device
-    )
-    x[:, :n] = to_halves(spread, trellis).t()
-    return x.view(torch.int32)
 
 
 @functools.cache
