@@ -247,10 +247,11 @@ def _encode_part() -> str:
 def _instructions_part() -> str:
     run = _stored("h200-instructions")
     cells = [["instruction", "lanes a clock"], *([name, f"{rate:.0f}"] for name, rate in run["lanes"].items())]
-    kinds = list(dict.fromkeys(kind for counts in run["per_value"].values() for kind in counts))
+    found = {f"{name} {side}": count for side, every in run["per_value"].items() for name, count in every.items()}
+    kinds = list(dict.fromkeys(kind for counts in found.values() for kind in counts))
     values = [["a value takes", *kinds, "in all"]]
     values += [[name, *(f"{counts[k]:.2f}" if k in counts else "" for k in kinds), f"{sum(counts.values()):.2f}"]
-               for name, counts in run["per_value"].items()]  # fmt: skip
+               for name, counts in found.items()]  # fmt: skip
     return f"{INSTRUCTIONS.format(**run)}\n\n{_ruled(cells)}\n\n{PER_VALUE}\n\n{_ruled(values)}"
 
 
@@ -270,12 +271,10 @@ HEAD = """\
 # Decoding from codes on a GPU
 
 `turbomoe run` does not use a GPU yet; these kernels are what it will use there, and `EngineSettings(device="cuda")`
-in Python does. **In short**: from 32,768 tokens on `tq2`, `tq3`, `tq4` and `tcq2` beat bf16 in every shape; `tcq3`
-and `tcq4` beat it in the 397B shape, and with heads of 128 from 131,072 tokens on; `tcq2.5` beats it in the 397B
-shape from 131,072 tokens on, is level with it there at 32,768 and 10 to 20% slower elsewhere. At 4,096 tokens every
-type is slower than bf16, and `q8_0`, which was not tuned, at every length. Reading a prompt takes longer than with
-bf16 in any type (below), and the fastest types are the coarsest: which to choose for their fidelity stands in
-[kv-quality.md](kv-quality.md) (in doubt `tcq4`). Both sides have the same type in these tables.
+in Python does. **In short**: from 32,768 tokens on every coded type beats bf16 in every shape, and at 4,096 it takes
+between 0.95 and 1.14 of bf16's time; only `q8_0`, which was not tuned, is slower at every length. Reading a prompt
+takes longer than with bf16 in any type (below), and the fastest types are the coarsest: which to choose for their
+fidelity stands in [kv-quality.md](kv-quality.md) (in doubt `tcq4`). Both sides have the same type in these tables.
 
 Written by `python benchmarks/kv_attention.py write`. What was measured: `python benchmarks/kv_attention.py measure`
 (times, inside CUDA graphs), `python benchmarks/kv_kernel_matrix.py` (errors), `python benchmarks/kv_memory.py`
@@ -314,19 +313,20 @@ ENCODE = """\
 {date}, {device}: `python benchmarks/kv_encode.py --cuda`. Codes equal those of the exact reference, all of 4,099
 vectors a codec and head size. A vector's time in batches of 65,536, and all keys and values of a 32,768-token prompt
 as a share of its attention layers' work (projections and attention in bf16, whole prompt at once). 10% was the goal
-for the 397B shape: `tcq2` reaches it (costs in 16 bits, two vectors a thread), **the others do not**."""
+for the 397B shape: `tcq2` reaches it, **the others do not** in this table. It was measured before all trellises were
+searched in 16 bits and before the vectors were read in one pass; of that, see [log.md](log.md)."""
 
 FOOT = """\
 ## How to read this
 
 The goals were 2.5 times bf16's speed for 2 to 4 scalar bits and 1.8 times for the 2-bit trellis at 262,144 tokens of
 the 397B shape, at most 1.15 times its time at 4,096, and faster from 32,768 on for every type; they were set for an
-H100, and this GPU has 1.4 times its memory bandwidth with the same arithmetic, which helps bf16 most. Reached: 1.8
-by `tcq2`; faster from 32,768 on in the 397B shape by all but `tcq2.5`, which is level with bf16 there; 1.15 by `tq2`
-and `tq3`. **Not reached**: 2.5 by scalar codes. Those are bound by waiting (barriers, loads, tensor cores),
-trellises by arithmetic: most of what a value takes comes at 64 lanes
-a clock. `bf16 us` is the fastest of PyTorch's backends in each row. The `q8_0` and `bf16` rows
-are there to be complete: their path through this kernel was not tuned.
+H100, and this GPU has 1.4 times its memory bandwidth with the same arithmetic, which helps bf16 most. Reached: 2.5 by
+`tq2`, 1.8 by `tcq2` (and by `tcq2.5`), and what was asked at 4,096 and from 32,768 on by every type in every shape.
+**Not reached**: 2.5 by `tq3` and `tq4`. No unit of the processor is busy for more than half of the time there: a tile's
+steps wait for each other, and what its values take (the last table) is most of what is left. `bf16 us` is the fastest
+of PyTorch's backends in each row. The `q8_0` and `bf16` rows are there to be complete: their path through this kernel
+was not tuned.
 
 Times and memory were taken without key means and scales; with them a query meets one mean a page more.
 Sliding-window layers are tested in Triton's interpreter only."""
@@ -337,7 +337,8 @@ INSTRUCTIONS = """\
 {date}, {device}: `python benchmarks/gpu_instructions.py`. Results of 32 bits; a pair of halves counts once."""
 
 PER_VALUE = """\
-Decoding alone, from words of codes to halves (a block covers 8 to 64 values; constants are made once):"""
+Decoding alone, from words of codes to bytes (keys) or halves (values); a block covers 8 to 64 of them, constants are
+made once:"""
 
 
 def main() -> None:
