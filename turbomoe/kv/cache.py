@@ -13,6 +13,7 @@ import torch
 
 from turbomoe.config import KVSettings
 from turbomoe.errors import ContextFullError, IntegrityError, SettingsError
+from turbomoe.kv.aside import Aside
 from turbomoe.kv.attention import attend
 from turbomoe.kv.codecs import make_codec
 from turbomoe.kv.group import SideGroup
@@ -55,6 +56,7 @@ class KVCache:
         self.observer: Observer | None = None
         self.means_digest: str | None = None  # of what the codes lack; None when nothing is subtracted
         self.step: Step | None = None
+        self.aside = Aside(self.device)
         self._active: list[int] = []
         self._groups: list[tuple[list[int], SideGroup, SideGroup]] = []
         for shape in self.shapes:
@@ -108,6 +110,7 @@ class KVCache:
 
     def release(self, slot: int) -> None:
         """Forget the sequence in ``slot`` and wipe what it stored: a weight of 0 does not silence a stale NaN."""
+        self.aside.settle()
         for side in (side for pair in self.attention.values() for side in pair):
             side.clear(slot, self.pages.owned(slot))
         self.pages.release(slot)
@@ -130,7 +133,11 @@ class KVCache:
         self.lengths[slot] = length
 
     def begin(self, slots: Sequence[int], count: int) -> Step:
-        """Open a step of ``count`` new tokens for each of ``slots`` and reserve their room."""
+        """Open a step of ``count`` new tokens for each of ``slots`` and reserve their room.
+
+        A step of one token encodes what leaves the rings aside: nobody looks at it before the next one.
+        """
+        self.aside.settle()
         for slot in slots:
             self.reserve(slot, self.host_lengths[slot] + count)
         before = [self.host_lengths[slot] for slot in slots]
@@ -139,9 +146,8 @@ class KVCache:
         rows = (self.lengths[index], self.pages.table[index])
         self.step = Step(index, *rows, count, floor=min(before), reach=max(before) + count, lone=self._lone(slots))
         if count == 1:
-            for _, keys, values in self._groups:
-                keys.encode_leaving(self.step)
-                values.encode_leaving(self.step)
+            sides = [side for _, *both in self._groups for side in both]
+            self.aside.run([work for side in sides for work in side.leaving(self.step)])
         return self.step
 
     def _lone(self, slots: Sequence[int]) -> int | None:

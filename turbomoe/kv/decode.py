@@ -21,7 +21,7 @@ def attend_one(
 ) -> torch.Tensor:
     """``attention.attend`` for ``step.count`` 1: float32 [B, 1, query_heads, head_dim].
 
-    What leaves the ring in this step has been encoded when the step began (``group.SideGroup.encode_leaving``).
+    What leaves the ring in this step was copied out when the step began, to be encoded aside (``group.SideGroup``).
     """
     batch, heads, _, dim = query.shape
     q = (query.float() * scale).reshape(batch, key.shape[1], -1, dim)

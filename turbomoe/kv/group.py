@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from turbomoe.kv.aside import Work
 from turbomoe.kv.base import Codec
 from turbomoe.kv.layer import Side, Step, place, turned
 from turbomoe.kv.pages import PAGE_TOKENS
@@ -46,18 +47,31 @@ class SideGroup:
         self._means = torch.stack(means)[:, None]
         self._inverses = 1 / torch.stack(scales)[:, None] if scales else None
 
-    def encode_leaving(self, step: Step) -> None:
-        """Encode the token that a step of one token a sequence pushes out of the rings, in all layers."""
+    def leaving(self, step: Step) -> list[Work]:
+        """What is left to do for the token that a step of one token a sequence pushes out of the rings: to encode it.
+
+        It is copied out here, before it is overwritten; the work may be done at any time before the next step.
+        """
         side = self.sides[0]
         behind = side.recent + side.sink
         if self.codec is None or side.recent == 0 or step.reach - 1 < behind:
-            return
+            return []
         page, row = step.once(("place", behind), lambda: place(step, behind))
-        x = self._leaving(step, side.recent).float()
-        if self._means is not None:
-            x = x - (self._means if side.turns is None else turn(self._means, turned(step, side)))
+        x = self._leaving(step, side.recent).to(torch.float32, copy=True)
+        mean = self._means
+        if mean is not None and side.turns is not None:
+            mean = turn(mean, turned(step, side))
+        return [lambda: self._encode(x, mean, page, row)]
+
+    def _encode(
+        self, x: torch.Tensor, mean: torch.Tensor | None, page: int | torch.Tensor, row: int | torch.Tensor
+    ) -> None:  # fmt: skip
+        """x [layers, B, kv_heads, head_dim] into the pages."""
+        assert self.codec is not None
+        x = x if mean is None else x - mean
         x = x if self._inverses is None else x * self._inverses
-        for plane, codes in zip(self.planes, self.codec.encode(side.rotate(x) if side.rotated else x), strict=True):
+        coded = self.codec.encode(self.sides[0].rotate(x) if self.rotated else x)
+        for plane, codes in zip(self.planes, coded, strict=True):
             if isinstance(page, int):
                 plane[:, page, :, row] = codes[:, 0]
             else:

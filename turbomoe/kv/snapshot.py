@@ -41,6 +41,7 @@ def parts(cache: KVCache, slot: int, length: int) -> Iterator[Part]:
     A side (``layers.3.keys``) has ``sinks`` [tokens, kv_heads, head_dim], ``recent`` of the same form, and one array
     [tokens, kv_heads, width] for each plane of its codec; a recurrent layer has ``conv`` and ``state``.
     """
+    cache.aside.settle()
     for layer, sides in sorted(cache.attention.items()):
         for name, side in zip(("keys", "values"), sides, strict=True):
             yield from _side_parts(cache, f"layers.{layer}.{name}", side, slot, length)
