@@ -36,7 +36,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Types of Qwen2.5's kind: keys bear eight bits, values two. One entry a pass over the text."""
     passes: list[int] = []
 
-    def judge(model, kv, means, ids, limits, progress=None):
+    def judge(model, kv, means, ids, limits, progress=None, pause=None):
         passes.append(len(limits))
         return {pair: Measured(0.004 if pair[0] in ("bf16", "q8_0") else 0.36, 100, 100) for pair in limits}
 
@@ -108,7 +108,7 @@ def test_a_terminal_has_the_bar_alone(turbomoe: Turbomoe, hybrid: Path, judged, 
 def reporting(judge):
     """``judge``, telling its progress as the real one does."""
 
-    def measure(model, kv, means, ids, limits, progress=None):
+    def measure(model, kv, means, ids, limits, progress=None, pause=None):
         progress(len(ids), len(ids))
         return judge(model, kv, means, ids, limits)
 
