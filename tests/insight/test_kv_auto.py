@@ -83,9 +83,9 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[set[tuple[str, str]]]:
     """The pairs of every pass over the text."""
     seen: list[set[tuple[str, str]]] = []
 
-    def counting(model, kv, means, ids, limits, progress=None):
+    def counting(model, kv, means, ids, limits, progress=None, pause=None):
         seen.append(set(limits))
-        return measure(model, kv, means, ids, limits, progress)
+        return measure(model, kv, means, ids, limits, progress, pause)
 
     monkeypatch.setattr(kv_auto, "measure", counting)
     return seen
@@ -303,7 +303,7 @@ def test_other_arithmetic_and_no_means_are_other_checks_and_kept_too(model, fore
 
 
 def test_wide_keys_say_why(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def judge(model, kv, means, ids, limits, progress=None):
+    def judge(model, kv, means, ids, limits, progress=None, pause=None):
         return {pair: Measured(0.0041 if pair[0] in (EXACT, "q8_0") else 0.36, 100, 100) for pair in limits}
 
     monkeypatch.setattr(kv_auto, "measure", judge)
@@ -315,7 +315,7 @@ def test_wide_keys_say_why(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_bf16_says_why(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def judge(model, kv, means, ids, limits, progress=None):
+    def judge(model, kv, means, ids, limits, progress=None, pause=None):
         return {pair: Measured(0.5, 100, 100) for pair in limits}
 
     monkeypatch.setattr(kv_auto, "measure", judge)

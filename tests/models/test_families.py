@@ -278,7 +278,7 @@ def test_facts_beside_the_weights(tmp_path: Path) -> None:
 
     loaded = load(tiny.write_gguf(model, tmp_path / "model.gguf", keys=sampling))
     assert loaded.sampling == {"temperature": 0.6, "top_k": 20, "min_p": 0.25}
-    assert (loaded.name, loaded.context_length, loaded.tokenizer) == ("tiny gemma3_text", tiny.CONTEXT, None)
+    assert (loaded.name, loaded.context_length, loaded.tokenizer) == ("model", tiny.CONTEXT, None)
     assert [layer.window for layer in loaded.layers] == [8, 8, 8, 8, 8, 0, 8]
     hub = tiny.write_hub(model, tmp_path / "tiny-1.7B")
     (hub / "generation_config.json").write_text(json.dumps({"temperature": 1.0, "top_p": 0.95, "top_k": None}))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from turbomoe.engine.conversation import Conversation
     from turbomoe.engine.engine import Engine
     from turbomoe.engine.request import Event, SamplingParams, Usage
+    from turbomoe.models.base import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def ask_alone(engine: Engine, text: str, sampling: SamplingParams, args: argpars
     """The prompt and nothing else."""
     from turbomoe.engine.request import Request
 
-    ids, opens_thought = prompt_ids(engine, text, args)
+    ids, opens_thought = prompt_ids(engine.model, text, args)
     request = Request(tuple(ids), args.predict, sampling, tuple(args.stop))
     return Asked(engine.stream(request), opens_thought, lambda: next(iter(engine.usage.values())))
 
@@ -67,15 +68,22 @@ def thinking(args: argparse.Namespace) -> bool | None:
     return None if args.think is None else args.think == "on"
 
 
-def prompt_ids(engine: Engine, text: str, args: argparse.Namespace) -> tuple[list[int], bool]:
+def tokens_needed(model: LoadedModel, text: str, args: argparse.Namespace) -> int:
+    """Tokens of the prompt and of the longest answer; 0 where -n sets no limit, or a session brings more."""
+    if args.predict == 0 or args.session is not None or model.tokenizer is None:
+        return 0
+    return len(prompt_ids(model, text, args)[0]) + int(args.predict)
+
+
+def prompt_ids(model: LoadedModel, text: str, args: argparse.Namespace) -> tuple[list[int], bool]:
     """Tokens of the prompt, and whether it leaves the model inside a thought."""
     from turbomoe.engine.reasoning import OPEN
     from turbomoe.errors import ModelError
     from turbomoe.upstream.prompts import encode_chat, encode_text, render_chat
 
-    tokenizer = engine.model.tokenizer
+    tokenizer = model.tokenizer
     if tokenizer is None:
-        raise ModelError(f"{engine.model.name} has no tokenizer and cannot read text")
+        raise ModelError(f"{model.name} has no tokenizer and cannot read text")
     if args.raw:
         return encode_text(tokenizer, text), False
     if not tokenizer.chat_template:

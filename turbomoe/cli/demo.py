@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 REFERENCE = "demo:smollm2"
 QUESTION = "Why is the sky blue? Answer in two sentences."
-CODES = KVSettings("tq3", "tq3")
 CONTEXT = 4096
 JUDGED_TOKENS = 1024
 
@@ -34,15 +33,24 @@ def main(args: argparse.Namespace) -> int:
     from turbomoe.cli.demo_experts import expert_figures
 
     out = sys.stderr if args.json else sys.stdout
-    settings = EngineSettings(ctx_size=CONTEXT, kv=CODES)
+    coded = codes()
+    settings = EngineSettings(ctx_size=CONTEXT, kv=coded[1])
     model = load_demo(settings)
-    figures = {"answer": answer(model, settings, out), "kv": kv_figures(model, out)}
+    figures = {"answer": answer(model, settings, out), "kv": kv_figures(model, coded, out)}
     name = model.name
     del model
     experts = expert_figures(out)
     if args.json:
         print(json.dumps({"model": name, **figures, "experts": experts}))
     return 0 if experts["same_tokens"] else 1
+
+
+def codes() -> list[KVSettings]:
+    """4, 3 and 2 bits for keys and values: by trellis; scalar where nothing compiled encodes, which would take long."""
+    from turbomoe.native.library import load_core
+
+    kind = "tq" if load_core() is None else "tcq"
+    return [KVSettings(f"{kind}{bits}", f"{kind}{bits}") for bits in (4, 3, 2)]
 
 
 def load_demo(settings: EngineSettings) -> LoadedModel:
@@ -82,12 +90,11 @@ def answer(model: LoadedModel, settings: EngineSettings, out: TextIO) -> dict[st
     return {"text": text, "finish": finish, **figures}
 
 
-def kv_figures(model: LoadedModel, out: TextIO) -> dict[str, Any]:
+def kv_figures(model: LoadedModel, coded: list[KVSettings], out: TextIO) -> dict[str, Any]:
     """Bytes of a full context in bf16 and in codes, and what the codes change on a novel."""
     from turbomoe.insight.divergence import label_of
 
     title(f"2. The KV cache of {CONTEXT} tokens, everything counted, and what the codes change", out)
-    coded = [KVSettings("tq4", "tq4"), CODES, KVSettings("tq2", "tq2")]
     sizes = {label_of(kv): _kv_size(model, kv) for kv in [KVSettings(), *coded]}
     for label, size in sizes.items():
         share = size["bytes"] / sizes["bf16"]["bytes"]

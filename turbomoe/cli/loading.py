@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from turbomoe.cli.announce import Plan, announce
@@ -66,15 +68,22 @@ CHECKING = (
     "(-ctk tcq4 -ctv tcq4 needs no check)"
 )
 
+NO_CHECK = (
+    "KV types are not checked: prompt and answer take at most {} tokens, and up to {} are exact under any type; "
+    "the first run or chat that may be longer checks them"
+)
+
 
 def load(
-    args: argparse.Namespace, use: Use | None = None, asked: bool | None = None
-) -> tuple[LoadedModel, EngineSettings]:
+    args: argparse.Namespace, use: Use | None = None, asked: bool | None = None,
+    needed: Callable[[LoadedModel], int] | None = None,
+) -> tuple[LoadedModel, EngineSettings]:  # fmt: skip
     """Resolve, check and load the model that ``args`` name; the memory table goes to standard error first.
 
     ``use`` tells what the verb will take; by default one engine's memory. ``asked`` tells whether the size of
-    context is the user's wish; by default whether there was a -c. The settings come back with the size settled on,
-    and with the KV types that ``auto`` became.
+    context is the user's wish; by default whether there was a -c. ``needed`` tells how many tokens the run takes at
+    most, 0 where that is not known. The settings come back with the size settled on, and with the KV types that
+    ``auto`` became.
     """
     wished = args.ctx_size is not None if asked is None else asked
     settings = engine_settings(args)
@@ -98,20 +107,39 @@ def load(
         from turbomoe.cli.expert_profile import use_profiles
 
         use_profiles(args, model)
-    return model, settle_types(model, plans[0])
+    return model, settle_types(model, plans[0], needed)
 
 
-def settle_types(model: LoadedModel, plan: Plan) -> EngineSettings:
+def settle_types(
+    model: LoadedModel, plan: Plan, needed: Callable[[LoadedModel], int] | None = None
+) -> EngineSettings:  # fmt: skip
     """The settings to run with: KV types chosen if they are still ``auto``, told, and checked against memory.
 
     Where there was nothing to choose, nobody needs to hear of it.
     """
     settings = plan.settings
     if settings.kv.is_auto:
-        settings = plan.with_types(choose_types(model, plan.settings))
+        short = needed and within_windows(model, settings, needed)
+        settings = short or plan.with_types(choose_types(model, settings))
     if settings.kv_choice is not None and settings.kv_choice.tried:
         print(settings.kv_choice.line(), file=sys.stderr, flush=True)
     return settings
+
+
+def within_windows(
+    model: LoadedModel, settings: EngineSettings, needed: Callable[[LoadedModel], int]
+) -> EngineSettings | None:
+    """Settings for a run so short that no code would ever be read: a context of just that length, bf16, no check.
+
+    None where the run may be longer, or where there is nothing to check anyway. Nothing of this is kept.
+    """
+    from turbomoe.insight.kv_auto import nothing_to_check, resolve_kv_types
+
+    windows = settings.kv.sink + settings.kv.recent
+    if nothing_to_check(model, settings) or not 0 < (tokens := needed(model)) <= windows:
+        return None
+    print(NO_CHECK.format(tokens, windows), file=sys.stderr, flush=True)
+    return resolve_kv_types(model, replace(settings, ctx_size=tokens))
 
 
 def choose_types(model: LoadedModel, settings: EngineSettings) -> EngineSettings:

@@ -10,7 +10,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from turbomoe.cli.answer import AnswerWriter
-from turbomoe.cli.asking import ask, ask_alone
+from turbomoe.cli.asking import ask, ask_alone, tokens_needed
 from turbomoe.cli.loading import Stopwatch, load, make_engine, statistics, statistics_line
 from turbomoe.cli.main import INTERRUPTED
 from turbomoe.cli.options import add_common, add_engine, add_model
@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
         raise SettingsError("--raw leaves no place for --system and --think", fix="Leave out one or the other")
     text = read_prompt(args)
     session = session_file(args)
-    model, settings = load(args)
+    model, settings = load(args, needed=lambda model: tokens_needed(model, text, args))
     engine = make_engine(model, settings)
     sampling = sampling_params(args, model.sampling)
     asked = ask_alone(engine, text, sampling, args) if session is None else ask(session, engine, text, sampling, args)

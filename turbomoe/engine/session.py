@@ -14,7 +14,7 @@ import numpy as np
 
 from turbomoe.engine.conversation import Conversation, Transcript
 from turbomoe.engine.engine import Engine
-from turbomoe.engine.session_arrays import numpy_type, to_numpy, to_tensor
+from turbomoe.engine.session_arrays import late, to_tensor
 from turbomoe.engine.session_header import check_memory, check_origin, make_header, read_tokens, read_transcript
 from turbomoe.errors import RequestError
 from turbomoe.files.array_file import (
@@ -29,7 +29,7 @@ from turbomoe.files.array_file import (
 )
 from turbomoe.files.atomic import sweep_orphans
 from turbomoe.kv.codecs import CODECS
-from turbomoe.kv.snapshot import Part, nbytes, parts, restore
+from turbomoe.kv.snapshot import nbytes, parts, restore
 
 KIND, VERSION = "turbomoe-session", 1
 LARGEST = 1 << 44
@@ -55,7 +55,7 @@ def save_session(engine: Engine, of: Conversation | int, path: str | PathLike[st
     content = _content(engine, of)
     memory, arrays = engine.runner.memory, _token_arrays(content)
     if content.slot is not None:
-        arrays |= {part.name: _late(part) for part in parts(memory, content.slot, len(content.ids))}
+        arrays |= {part.name: late(part) for part in parts(memory, content.slot, len(content.ids))}
     sweep_orphans(Path(path).absolute().parent)  # of saves that were killed: they are as large as a session
     save_arrays(path, KIND, VERSION, make_header(engine, content.transcript), arrays, private=True)
 
@@ -142,7 +142,3 @@ def _load(engine: Engine, into: Conversation | int, slot: int, file: ArrayFile) 
 
 def _token_arrays(content: _Content) -> dict[str, Array | LateArray]:
     return {"ids": np.array(content.ids, np.int32), "seen_ids": np.array(content.transcript.seen_ids, np.int32)}
-
-
-def _late(part: Part) -> LateArray:
-    return LateArray(numpy_type(part.dtype), part.shape, lambda: to_numpy(part.read()))

@@ -8,6 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from turbomoe.files.array_file import LateArray
+from turbomoe.kv.snapshot import Part
+
 BITS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8}
 
 
@@ -25,3 +28,8 @@ def to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
 def to_tensor(array: npt.NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
     """The tensor of ``dtype`` that ``array`` holds the bits of."""
     return torch.from_numpy(array).view(dtype)
+
+
+def late(part: Part) -> LateArray:
+    """A part of a cache, read out when its turn to be written comes."""
+    return LateArray(numpy_type(part.dtype), part.shape, lambda: to_numpy(part.read()))

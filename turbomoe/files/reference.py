@@ -15,6 +15,8 @@ from turbomoe.files.demo import DEMOS, locate_demo
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SNAPSHOT = re.compile(r"models--(?P<user>[\w.-]+?)--(?P<repo>[\w.-]+)/snapshots/[0-9a-f]{40}")  # of the hub's cache
+_ENDING = re.compile(r"(-\d{5}-of-\d{5})?\.gguf$", re.IGNORECASE)
 _FORMS = "A model is a path, hf:user/repo[:quant], demo:moe or demo:smollm2"
 
 
@@ -67,3 +69,14 @@ def _names_beside(path: Path) -> list[str]:
         return os.listdir(path.parent)
     except (OSError, ValueError):
         return []
+
+
+def title_of(path: Path) -> str:
+    """What a person knows the model at ``path`` by: the name of its file or folder, or of its repository on the hub.
+
+    Not the title that a file states: it is often that of a training run or of another quantisation.
+    """
+    whole = path.absolute()
+    if snapshot := _SNAPSHOT.fullmatch("/".join(whole.parts[-3:])):
+        return f"{snapshot['user']}/{snapshot['repo']}"
+    return _ENDING.sub("", whole.name) or whole.name

@@ -7,7 +7,7 @@ read. Both leave settings without ``auto`` as they are.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from turbomoe.config import EngineSettings, KVChoice, KVSettings
 from turbomoe.engine.calibrate import means_for, means_path
@@ -24,6 +24,7 @@ from turbomoe.insight.kv_ladder import (
     wants_means,
     widest_need,
 )
+from turbomoe.insight.kv_pause import Pause, pause_path
 from turbomoe.insight.kv_record import (
     Checks,
     Conditions,
@@ -62,11 +63,13 @@ def resolve_kv_types(model: LoadedModel, settings: EngineSettings, progress: Pro
     conditions = Conditions(_basis(means), kv.sink, kv.recent, arithmetic(settings), text_key(kv, model.context_length))
     checks = _load(model.identity, conditions)
     arms = checks.setdefault(conditions, {})
+    pause = Pause(pause_path(model.identity), asdict(conditions))
     told = {pair for pair, arm in arms.items() if arm.failed}
 
     def judge(limits: Mapping[Pair, float]) -> Mapping[Pair, Measured]:
-        arms.update(measure(model, kv, means, ids, limits, progress))
+        arms.update(measure(model, kv, means, ids, limits, progress, pause))
         _save(model.identity, checks)
+        pause.end()
         return arms
 
     found = _searched(model, settings, arms, judge)

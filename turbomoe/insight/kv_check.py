@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import sqrt
+from typing import Any
 
 import torch
 
@@ -18,10 +19,13 @@ from turbomoe.engine.forecast import kv_bytes
 from turbomoe.engine.runner import ModelRunner, check_finite
 from turbomoe.experts.base import Phase
 from turbomoe.insight.divergence import LOGIT_COPIES, REFERENCE, kl_divergence
+from turbomoe.insight.kv_pause import Pause
 from turbomoe.insight.kv_search import Measured, Pair
 from turbomoe.insight.texts import judgement_text
+from turbomoe.kv.cache import KVCache
 from turbomoe.kv.means import KVMeans
 from turbomoe.models.base import Forecast, LoadedModel
+from turbomoe.notices import Notice, board
 
 TOKENS = 2048
 JUDGED = 1024  # at least, where windows are so wide that they leave less of TOKENS
@@ -64,7 +68,7 @@ def check_bytes(forecast: Forecast, settings: EngineSettings, arms: Sequence[KVS
     return caches + 4 * LOGIT_COPIES * CHUNK * int(forecast.config.vocab_size)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Arm:
     runner: ModelRunner
     limit: float
@@ -94,9 +98,11 @@ def _error_of(mean: float, sums: list[tuple[float, int]]) -> float:
 
 def measure(
     model: LoadedModel, kv: KVSettings, means: KVMeans | None, ids: list[int], limits: Mapping[Pair, float],
-    progress: Progress | None = None,
+    progress: Progress | None = None, pause: Pause | None = None,
 ) -> dict[Pair, Measured]:  # fmt: skip
     """Mean KL of every pair of ``limits`` with the windows of ``kv``, over the tokens ``ids``.
+
+    With ``pause`` it goes on where the same pass was broken off, and leaves there how far it has come.
 
     A pair that computes numbers that are not finite has failed, and the others go on; raises ``ModelError`` where
     the bf16 cache gives such numbers: then it is the model.
@@ -109,11 +115,16 @@ def measure(
     arms = {(k, v): _Arm(runner(replace(kv, type_k=k, type_v=v), means), limit) for (k, v), limit in limits.items()}
     of, live = len(ids) - first_judged(kv), list(arms.values())
     report = progress or (lambda done, total: None)
+    done = 0 if pause is None else _take_up(pause, reference, arms, len(ids))
     for start, end in _chunks(first_judged(kv), len(ids)):
+        if start < done:
+            continue
         report(start, len(ids))
         live = [arm for arm in live if not arm.failed and arm.measured(of).at_least <= arm.limit]
         if not live:
             break
+        if pause is not None:
+            pause.keep(_plan(arms), start, _shown(arms), _caches(reference, arms, live))
         chunk, judged = torch.tensor([ids[start:end]]), start >= first_judged(kv)
         expected = _forward(reference, chunk, judged)
         check_finite(expected, model)
@@ -121,6 +132,30 @@ def measure(
             arm.run(chunk, expected, judged)
     report(len(ids), len(ids))
     return {pair: arm.measured(of) for pair, arm in arms.items()}
+
+
+def _take_up(pause: Pause, reference: ModelRunner, arms: Mapping[Pair, _Arm], total: int) -> int:
+    """The tokens that this pass has behind it, with caches and sums as they were there."""
+    done, shown = pause.take_up(_plan(arms), _caches(reference, arms, list(arms.values())))
+    if done:
+        what, why = "the check of KV types goes on", f"it was broken off after {done} of {total} tokens"
+        board.post(Notice(what, why, expected=True))
+        for arm, (sums, failed) in zip(arms.values(), shown, strict=True):
+            arm.sums, arm.failed = [(float(kl), int(count)) for kl, count in sums], bool(failed)
+    return done
+
+
+def _plan(arms: Mapping[Pair, _Arm]) -> list[Any]:
+    return [UNJUDGED_CHUNK, CHUNK, *([*pair, arm.limit] for pair, arm in arms.items())]
+
+
+def _shown(arms: Mapping[Pair, _Arm]) -> list[Any]:
+    return [[arm.sums, arm.failed] for arm in arms.values()]
+
+
+def _caches(reference: ModelRunner, arms: Mapping[Pair, _Arm], live: list[_Arm]) -> dict[str, KVCache]:
+    mine = {"/".join(pair): arm.runner.memory for pair, arm in arms.items() if arm in live}
+    return {"reference": reference.memory, **mine}
 
 
 def _chunks(judged: int, end: int) -> Iterator[tuple[int, int]]:

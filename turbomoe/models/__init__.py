@@ -14,6 +14,7 @@ from turbomoe.config import EngineSettings
 from turbomoe.errors import IntegrityError
 from turbomoe.files import open_model
 from turbomoe.files.base import ModelSource
+from turbomoe.files.reference import title_of
 from turbomoe.models.base import Forecast, LoadedModel
 from turbomoe.models.configure import read_config
 from turbomoe.models.families import find_family
@@ -91,7 +92,7 @@ def _load(
     _finish(shell, device)
     runtime = _fill_store(plan, source, experts, layouts, settings, routed, pool, meter) if experts else None
     return LoadedModel(
-        name=_name(source),
+        name=title_of(source.path),
         family=family.name,
         shell=shell,
         config=config,
@@ -205,10 +206,3 @@ def _stop_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase | None) ->
     from turbomoe.upstream.tokenizer import stop_ids
 
     return stop_ids(source, tokenizer)
-
-
-def _name(source: ModelSource) -> str:
-    """The name a GGUF states, else its file's; a folder's name whole, as versions have dots in them."""
-    if source.kind != "gguf":
-        return source.path.name
-    return str(source.metadata.get("general.name") or source.path.stem)

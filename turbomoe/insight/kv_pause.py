@@ -1,0 +1,91 @@
+"""A check of KV types that was broken off goes on where it was: now and then a pass leaves its caches in one file.
+
+Halfway through a text, what the pairs have shown is of no use without their caches, so both are kept until the pass has
+ended. The file is one of ``files/array_file.py``: whole or not at all, and taken up only by the same pass under the
+same conditions. All of it can be computed again, so that a file of no use here is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from turbomoe.config import state_dir
+from turbomoe.engine.session_arrays import late, to_tensor
+from turbomoe.files.array_file import ArrayFile, RecordError, open_arrays, save_arrays
+from turbomoe.files.atomic import WriteError, sweep_orphans
+from turbomoe.kv.cache import KVCache
+from turbomoe.kv.snapshot import depends_on, parts, restore
+from turbomoe.notices import Notice, board
+
+KIND, VERSION = "turbomoe-kv-check", 1
+LARGEST = 1 << 36
+REST = 10.0  # seconds of work between two writes, at least,
+SHARE = 20  # and this many times what the last write took
+
+
+def pause_path(identity: str) -> Path:
+    """Where a pass over the model with this identity leaves how far it has come."""
+    return state_dir() / "models" / identity / "kv-check.safetensors"
+
+
+class Pause:
+    """The file of one check. ``conditions`` (JSON) are all that its figures depend on beside the pass itself."""
+
+    def __init__(self, path: Path, conditions: Mapping[str, Any]) -> None:
+        self._path, self._conditions = path, conditions
+        self._due = time.monotonic() + REST
+
+    def keep(self, plan: Any, at: int, shown: Any, live: Mapping[str, KVCache]) -> None:
+        """If it is time to, write where the pass ``plan`` stands after ``at`` tokens.
+
+        ``shown`` (JSON) is what its pairs have come to, ``live`` the caches that go on.
+        """
+        if (begun := time.monotonic()) < self._due:
+            return
+        arrays = {f"{name} {part.name}": late(part) for name, cache in live.items() for part in parts(cache, 0, at)}
+        try:
+            sweep_orphans(self._path.parent)
+            save_arrays(self._path, KIND, VERSION, {"of": self._of(plan, live), "at": at, "shown": shown}, arrays)
+        except WriteError as error:
+            what = "a check that is broken off will begin anew"
+            board.post(Notice(what, str(error).rstrip("."), expected=True))
+        ended = time.monotonic()
+        self._due = ended + max(REST, SHARE * (ended - begun))
+
+    def take_up(self, plan: Any, caches: Mapping[str, KVCache]) -> tuple[int, Any]:
+        """Fill ``caches`` with what the pass ``plan`` has left: how many tokens, and what its pairs had shown."""
+        if not self._path.exists():
+            return 0, {}
+        try:
+            with open_arrays(self._path, KIND, VERSION, LARGEST) as file:
+                at, of = file.header["at"], file.header["of"]
+                live = {name: cache for name, cache in caches.items() if name in of["caches"]}
+                if of != json.loads(json.dumps(self._of(plan, live))):
+                    return 0, {}
+                for name, cache in live.items():
+                    restore(cache, 0, at, _reader(file, name, cache, at))
+                return at, file.header["shown"]
+        except RecordError as error:
+            board.post(Notice("a check that was broken off begins anew", str(error).rstrip("."), expected=True))
+            return 0, {}
+
+    def end(self) -> None:
+        """What the pass has come to is kept elsewhere now."""
+        with suppress(OSError):
+            self._path.unlink()
+
+    def _of(self, plan: Any, live: Mapping[str, KVCache]) -> dict[str, Any]:
+        caches = {name: depends_on(cache) for name, cache in live.items()}
+        return {"conditions": self._conditions, "plan": plan, "caches": caches}
+
+
+def _reader(file: ArrayFile, name: str, cache: KVCache, at: int) -> Callable[[str], torch.Tensor]:
+    types = {part.name: part.dtype for part in parts(cache, 0, at)}
+    return lambda part: to_tensor(file.read(f"{name} {part}"), types[part])
