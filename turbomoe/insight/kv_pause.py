@@ -73,6 +73,8 @@ class Pause:
                     restore(cache, 0, at, _reader(file, name, cache, at))
                 return at, file.header["shown"]
         except RecordError as error:
+            for cache in caches.values():
+                cache.release(0)  # those that had been filled before the damage showed
             board.post(Notice("a check that was broken off begins anew", str(error).rstrip("."), expected=True))
             return 0, {}
 
