@@ -81,11 +81,16 @@ def play(cache: KVCache, seed: int) -> list[torch.Tensor]:
             seen += held.values()
             if what == "move":
                 snapshot.restore(cache, (slot + 1) % SLOTS, length, held.__getitem__)
-    return seen
+    step(list(range(SLOTS)), 1)
+    for slot in range(SLOTS):
+        cache.release(slot)
+    cache.aside.settle()
+    # Pages that were given back are wiped: nothing may come into them later.
+    return seen + [plane.clone() for pair in cache.attention.values() for side in pair for plane in side.planes]
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("types", [("tq3", "tq2"), ("tcq2", "q8_0"), ("f16", "tcq2.5")], ids=str)
+@pytest.mark.parametrize("types", [("tq3", "tq2"), ("tcq2", "q8_0"), ("f16", "tcq2.5"), ("f32", "tq2")], ids=str)
 def test_codes_made_late_are_not_missed(types: tuple[str, str], seed: int) -> None:
     at_once, late = cache_of(*types), cache_of(*types)
     late.aside = aside = Late()

@@ -10,7 +10,7 @@ import torch
 from tests.kv import ptx
 from turbomoe.kv.kernels import encode_assembly
 from turbomoe.kv.trellis_codebook import TRELLISES, Trellis
-from turbomoe.kv.trellis_fixed import forward, to_halves
+from turbomoe.kv.trellis_fixed import fixed, forward, to_halves
 
 PAIRS = 300
 
@@ -60,6 +60,17 @@ def test_a_renewal_takes_the_least_from_all(name: str) -> None:
     found = ptx.run(encode_assembly.renew(trellis), [joined(column) for column in (costs | own).t()])
     expected = costs - costs.amin(1, keepdim=True) | own
     assert torch.equal(torch.stack([parted(each) for each in found], 1), expected)
+
+
+@pytest.mark.parametrize("name", TRELLISES)
+def test_a_limit_holds_costs_at_that_of_no_path(name: str) -> None:
+    trellis = TRELLISES[name]
+    most, costs = fixed(trellis).unreachable, drawn(trellis)[1]
+    costs[:4] = torch.tensor((0, most, most - (1 << trellis.step_bits), most + (1 << trellis.step_bits)))[:, None]
+    own = torch.arange(trellis.groups, dtype=torch.int32) % (1 << trellis.step_bits)
+    found = ptx.run(encode_assembly.limit(trellis), [joined(column) for column in (costs | own).t()])
+    assert (costs > most).any() and (costs < most).any()
+    assert torch.equal(torch.stack([parted(each) for each in found], 1), costs.clamp(max=most) | own)
 
 
 @pytest.mark.parametrize("name", TRELLISES)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from turbomoe.insight import kv_auto
+from turbomoe.kv.codebooks import POSITIVE_STEPS
 from turbomoe.kv.codecs import make_codec
 from turbomoe.kv.codecs.scales import spread_out
 from turbomoe.kv.codecs.windows import from_planes, pair_windows, to_planes
@@ -261,8 +262,10 @@ def test_the_measured_errors_are_those_that_were_asked_for(name: str, limit: flo
 
 def test_other_codebooks_are_another_version() -> None:
     """Whoever changes the digests raises both numbers: saved sessions carry one, kept measurements of KL the other."""
-    versions = {name: make_codec(name, 64).version for name in TRELLISES}
-    assert (versions, kv_auto.CODES) == ({"tcq2": 2, "tcq2.5": 3, "tcq3": 2, "tcq4": 2}, 3)
+    versions = {name: make_codec(name, 64).version for name in (*TRELLISES, "tq2", "tq3", "tq4")}
+    scalar = {"tq2": 2, "tq3": 2, "tq4": 2}
+    assert (versions, kv_auto.CODES) == ({"tcq2": 2, "tcq2.5": 3, "tcq3": 2, "tcq4": 2} | scalar, 3)
+    assert POSITIVE_STEPS == {2: (3, 10), 3: (10, 31, 55, 88), 4: (3, 9, 15, 21, 28, 36, 46, 61)}
     assert [digest[:4] for digest in DIGESTS.values()] == ["6c1a", "da68", "13c3", "7267"]
 
 

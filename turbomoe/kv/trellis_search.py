@@ -1,7 +1,7 @@
 """The best path through a trellis for a vector: Viterbi's algorithm over many vectors at once, in PyTorch.
 
 The reference of the compiled encoder (``native/src/kernels_trellis.h``), which makes the same additions in the same
-order, so both choose the same paths, bit for bit. The GPU's computes in fixed point: see ``trellis_fixed``.
+order, so both choose the same paths, bit for bit. The GPU's has costs of 16 bits: see ``trellis_fixed``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""PTX that decodes codes to pairs of halves, built from the codecs' own parameters.
+"""PTX that decodes codes to pairs of halves, or for keys to four bytes, built from the codecs' own parameters.
 
 A 32-bit register holds two halves. Codes choose bytes in permutations of bytes, four an instruction: scalar codes both
 bytes of their levels; trellis windows, through bitwise functions of shifted words, bytes of two or three tables, whose
 sum joined with 0x64 is the half 1024 + sum. Shifting bits out of two neighbouring words is one funnel shift.
-Each builder returns the text of one inline-assembly block: words of one vector in, registers of two values each out.
+Each builder returns the text of one inline-assembly block: words of one vector in, registers of values out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OF_SIXTEEN = 64  # added to the levels of 4 bits, so that none has a sign
 
 @dataclass(frozen=True)
 class Block:
-    """Inline assembly: ``inputs`` 32-bit words a group in, ``outputs`` registers of two halves out."""
+    """Inline assembly: ``inputs`` 32-bit words a group in, ``outputs`` registers of two halves or four bytes out."""
 
     text: str
     inputs: int

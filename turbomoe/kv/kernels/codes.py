@@ -1,8 +1,8 @@
 """Triton: tiles of stored keys or values, decoded in registers to what a dot product takes.
 
 ``vectors`` reads N stored vectors of one head and returns [N, head_dim], unscaled, with dims in the order of
-``layout.column_dims``. Two forms: packed half precision by inline assembly (``assembly.py``), and a plain twin that
-looks levels up in a table, for Triton's interpreter and for devices without that assembly.
+``layout.column_dims``. Two forms: packed halves, or bytes for keys, by inline assembly (``assembly.py``), and a plain
+twin that looks levels up in a table, for Triton's interpreter and for devices without that assembly.
 """
 
 from __future__ import annotations

@@ -4,8 +4,11 @@
 part of the context, all queries of the head together; ``merge`` sums the parts, ``finish`` turns what came from codes
 back and stores the new token in the windows. Lengths and page tables are read on the device and the grid depends on
 sizes that never change, so a CUDA graph may hold the launches. The reference is ``kv/decode.py``, with the same rule of
-windows. EARLY: each kernel lets its successor start, and reads what its predecessor does not write before it waits for
-it; all programs wait, so that a kernel has ended only after those before it.
+windows.
+
+EARLY: the first three let their successors start, and the last three read what their predecessors do not write before
+they wait for them. All their programs wait, so that a kernel has ended only after those before it. ``prepare`` itself
+must start in order: what is read early (codes, page tables, windows) was written by who knows what before it.
 
 Parts [0, splits) read pages, the rest the windows. A part leaves the running maximum and sum of its softmax, in units
 of log2, and its weighted values. Values' scales are folded into the weights, and the maximum is taken over the
@@ -300,7 +303,8 @@ def _pages(
     k_tables, v_tables = lookup(k_table, K_KIND), lookup(v_table, V_KIND)
     k_order, v_order = tl.load(k_dims + part_of), tl.load(v_dims + part_of)
     row_of_table = pages + b * pages_per_slot
-    # All that a tile reads is held in registers a tile ahead (exact values and q8_0: by the compiler's prefetching).
+    # Keys' codes and all scales are held in registers a tile ahead, values' codes are read at the start of their own
+    # (exact values and q8_0: by the compiler's prefetching).
     page = tl.load(row_of_table + first)
     next_page = tl.load(row_of_table + tl.minimum(first + 1, last - 1))
     k_scale, v_scale = _scales(k_scales, page, h, KV_HEADS, K_SCALED), _scales(v_scales, page, h, KV_HEADS, V_SCALED)

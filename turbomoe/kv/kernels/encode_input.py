@@ -35,7 +35,7 @@ def _sum_by_halves(x, ROWS: tl.constexpr, D: tl.constexpr):
     return tl.reshape(x, (ROWS,))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def columns_of(
     x, out, peaks, norms, n, stride, D: tl.constexpr, ROOT: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr
 ):
@@ -49,7 +49,7 @@ def columns_of(
     norm = tl.sqrt_rn(_sum_by_halves(unit * unit, ROWS, D))
     spread = unit * (tl.div_rn(1.0, norm) * ROOT)[:, None]
     spread = tl.where(spread == spread, spread, 0.0)
-    scaled = tl.minimum(tl.maximum(spread, -LARGEST), LARGEST) * SCALE / GRID
+    scaled = tl.minimum(tl.maximum(spread, -LARGEST), LARGEST) * SCALE * (1 / GRID)
     rounded = (scaled + EVEN - EVEN) * GRID
     tl.store(out + d.to(tl.int64)[None, :] * stride + row[:, None], rounded.to(tl.float16))
     tl.store(peaks + row, peak, mask=inside)

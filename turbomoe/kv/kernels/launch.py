@@ -73,6 +73,7 @@ def attend_one(
     mean_k, mean_v = (signs if side.mean is None else side.mean for side in (keys, values))
     blocks = triton.cdiv(capacity, 16) if keys.mean is not None else 0
     pairs = 0 if keys.turns is None else keys.turns.shape[1] // 2
+    # Never with launch_pdl: what attend reads before it waits is safe only because this starts in order.
     decode.prepare[(rows, 1 + blocks)](
         query, turned, factors, lifts, offsets, k[-1], signs, mean_k, signs if keys.scale is None else keys.scale,
         signs if keys.turns is None else keys.turns, scale, query.stride(0), query.stride(1), capacity, **shape,
