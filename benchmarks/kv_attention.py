@@ -271,10 +271,11 @@ HEAD = """\
 # Decoding from codes on a GPU
 
 `turbomoe run` does not use a GPU yet; these kernels are what it will use there, and `EngineSettings(device="cuda")`
-in Python does. **In short**: from 32,768 tokens on every coded type beats bf16 in every shape, and at 4,096 it takes
-between 0.95 and 1.14 of bf16's time; only `q8_0`, which was not tuned, is slower at every length. Reading a prompt
-takes longer than with bf16 in any type (below), and the fastest types are the coarsest: which to choose for their
-fidelity stands in [kv-quality.md](kv-quality.md) (in doubt `tcq4`). Both sides have the same type in these tables.
+in Python does. **In short**: from 32,768 tokens on every `tq` and `tcq` type beats bf16 in every shape, and at 4,096 it
+takes between 0.95 and 1.14 of bf16's time; `q8_0`, and bf16 through this kernel, were not tuned and are slower.
+Reading a prompt takes longer than with bf16 in any type, and encoding it comes on top (both below); the fastest types are the
+coarsest: which to choose for their fidelity stands in [kv-quality.md](kv-quality.md) (in doubt `tcq4`). Both sides have
+the same type in these tables.
 
 Written by `python benchmarks/kv_attention.py write`. What was measured: `python benchmarks/kv_attention.py measure`
 (times, inside CUDA graphs), `python benchmarks/kv_kernel_matrix.py` (errors), `python benchmarks/kv_memory.py`
@@ -293,7 +294,8 @@ times PyTorch's, keys {k}, values {v}, heads of {dim}. The assembly's trellis va
 MEMORY = """\
 ## Memory
 
-262,144 tokens of the 15 attention layers of Qwen3.5-397B, windows included, as the allocator counts (bf16: 8.05 GB):
+262,144 tokens of the 15 attention layers of Qwen3.5-397B, windows included, as the allocator counts (bf16: 8.05 GB);
+"error" is that of the output beside float64 on the same random codes, relative to its norm:
 """
 
 PREFILL = """\
@@ -322,7 +324,8 @@ FOOT = """\
 The goals were 2.5 times bf16's speed for 2 to 4 scalar bits and 1.8 times for the 2-bit trellis at 262,144 tokens of
 the 397B shape, at most 1.15 times its time at 4,096, and faster from 32,768 on for every type; they were set for an
 H100, and this GPU has 1.4 times its memory bandwidth with the same arithmetic, which helps bf16 most. Reached: 2.5 by
-`tq2`, 1.8 by `tcq2` (and by `tcq2.5`), and what was asked at 4,096 and from 32,768 on by every type in every shape.
+`tq2`, 1.8 by `tcq2` (and by `tcq2.5`), and what was asked at 4,096 and from 32,768 on by every `tq` and `tcq` type in
+every shape.
 **Not reached**: 2.5 by `tq3` and `tq4`. No unit of the processor is busy for more than half of the time there: a tile's
 steps wait for each other, and what its values take (the last table) is most of what is left. `bf16 us` is the fastest
 of PyTorch's backends in each row. The `q8_0` and `bf16` rows are there to be complete: their path through this kernel

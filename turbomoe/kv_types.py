@@ -16,6 +16,7 @@ AUTO = "auto"  # a KV type that ``insight.kv_auto`` replaces before anything is 
 
 # What to say to somebody who knows other programs' formats, by bits: q4_0, iq4_nl, q5_1, int8 and the like.
 _OTHER_FORMAT = re.compile(r"(?:i?q|int)([1-8])(?:_\w+)?")
+_OTHER_BITS = re.compile(r"(tc?q)([1-9](?:\.\d+)?)")
 _NEAREST = {
     "1": "The fewest bits are those of tq2 and tcq2",
     "2": "tq2 and tcq2 are about the same size",
@@ -45,5 +46,9 @@ def kv_type(name: str) -> str:
 def _nearest(name: str) -> str:
     if match := _OTHER_FORMAT.fullmatch(name):
         return _NEAREST[match[1]]
+    if match := _OTHER_BITS.fullmatch(name):
+        kinds = TRELLIS if match[1] == "tcq" else SCALAR[1:]
+        nearest = min(kinds, key=lambda kind: abs(float(kind[len(match[1]) :]) - float(match[2])))
+        return f"The nearest name is {nearest}"
     found = get_close_matches(name, (AUTO, *KV_TYPES, *ALIASES), n=1)
     return f"The nearest name is {found[0]}" if found else ""

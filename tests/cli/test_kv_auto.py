@@ -166,8 +166,8 @@ def test_a_context_within_the_windows_is_bf16_and_nobody_hears_of_it(turbomoe, h
 
 SHORT = ("-p", "Why?", "-n", "14", "--temp", "0")  # the prompt has 22 tokens in the chat template
 NO_CHECK = (
-    "KV types are not checked: prompt and answer take at most 36 tokens, and up to 36 are exact under any type; "
-    "the first run or chat that may be longer checks them"
+    "KV types are not checked: this takes at most 36 tokens, and 36 are exact under any type; the first that may be "
+    "longer checks them"
 )
 
 

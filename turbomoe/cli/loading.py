@@ -69,8 +69,8 @@ CHECKING = (
 )
 
 NO_CHECK = (
-    "KV types are not checked: prompt and answer take at most {} tokens, and up to {} are exact under any type; "
-    "the first run or chat that may be longer checks them"
+    "KV types are not checked: this takes at most {} tokens, and {} are exact under any type; the first that may be "
+    "longer checks them"
 )
 
 

@@ -67,7 +67,11 @@ def resolve_kv_types(model: LoadedModel, settings: EngineSettings, progress: Pro
     told = {pair for pair, arm in arms.items() if arm.failed}
 
     def judge(limits: Mapping[Pair, float]) -> Mapping[Pair, Measured]:
-        arms.update(measure(model, kv, means, ids, limits, progress, pause))
+        try:
+            arms.update(measure(model, kv, means, ids, limits, progress, pause))
+        except KeyboardInterrupt:
+            pause.tell()
+            raise
         _save(model.identity, checks)
         pause.end()
         return arms

@@ -78,6 +78,12 @@ class Pause:
             board.post(Notice("a check that was broken off begins anew", str(error).rstrip("."), expected=True))
             return 0, {}
 
+    def tell(self) -> None:
+        """Say to who broke it off that not all is lost."""
+        if self._path.exists():
+            what, why = "the check of KV types stops", "it goes on from where it was last written the next time"
+            board.post(Notice(what, why, expected=True))
+
     def end(self) -> None:
         """What the pass has come to is kept elsewhere now."""
         with suppress(OSError):

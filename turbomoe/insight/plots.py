@@ -1,4 +1,4 @@
-"""Pictures of profiles and simulations, as PNG. They need matplotlib (``pip install turbomoe[plots]``)."""
+"""Pictures of profiles and simulations, as PNG. They need matplotlib (the extra ``plots``)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise SettingsError("Plots need matplotlib", fix="Run: pip install 'turbomoe[plots]'") from error
+        raise SettingsError("Plots need matplotlib", fix="Run: pip install matplotlib") from error
 
 
 def profile_plots(profile: Profile, folder: Path) -> list[Path]:
