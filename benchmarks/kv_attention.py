@@ -273,9 +273,9 @@ HEAD = """\
 `turbomoe run` does not use a GPU yet; these kernels are what it will use there, and `EngineSettings(device="cuda")`
 in Python does. **In short**: from 32,768 tokens on every `tq` and `tcq` type beats bf16 in every shape, and at 4,096 it
 takes between 0.95 and 1.14 of bf16's time; `q8_0`, and bf16 through this kernel, were not tuned and are slower.
-Reading a prompt takes longer than with bf16 in any type, and encoding it comes on top (both below); the fastest types are the
-coarsest: which to choose for their fidelity stands in [kv-quality.md](kv-quality.md) (in doubt `tcq4`). Both sides have
-the same type in these tables.
+Reading a prompt takes longer than with bf16 in any type, and encoding it comes on top (both below); the fastest types
+are the coarsest: which to choose for their fidelity stands in [kv-quality.md](kv-quality.md) (in doubt `tcq4`). Both
+sides have the same type in these tables.
 
 Written by `python benchmarks/kv_attention.py write`. What was measured: `python benchmarks/kv_attention.py measure`
 (times, inside CUDA graphs), `python benchmarks/kv_kernel_matrix.py` (errors), `python benchmarks/kv_memory.py`
