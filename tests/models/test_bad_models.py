@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from tests import tiny_models as tiny
 from tests.models.altered import Altered
 from turbomoe.config import EngineSettings
-from turbomoe.errors import ModelError, TurbomoeError
+from turbomoe.errors import ModelError, SettingsError, TurbomoeError
 from turbomoe.files import open_model
 from turbomoe.files.base import ModelSource, TensorInfo
-from turbomoe.models import load_model
+from turbomoe.models import load_model, usable_device
 from turbomoe.models.configure import read_config
 from turbomoe.models.families import FAMILIES, find_family
 from turbomoe.models.names import names_of
@@ -312,3 +312,11 @@ def survives(source: ModelSource) -> None:
         plan(source)
     except TurbomoeError as error:
         assert isinstance(error, ModelError) and 10 < len(str(error)) < 800
+
+
+@pytest.mark.parametrize(("name", "said"), [("gpu", "no device 'gpu'"), ("cuda", "sees no CUDA GPU")])
+def test_a_device_that_is_not_there_is_refused(name: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SettingsError, match=said):
+        usable_device(name)
+    assert usable_device("cpu").type == "cpu"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from turbomoe.config import EngineSettings
-from turbomoe.errors import IntegrityError
+from turbomoe.errors import IntegrityError, SettingsError
 from turbomoe.files import open_model
 from turbomoe.files.base import ModelSource
 from turbomoe.files.reference import title_of
@@ -65,10 +65,11 @@ def _load(
     attention: str,
     before: Callable[[Forecast], None] | None,
 ) -> LoadedModel:
+    device = usable_device(settings.device)
     family = find_family(source)
     config = read_config(source, family)
     layers = layer_shapes(config)
-    dtype, device = choose_dtype(settings), torch.device(settings.device)
+    dtype = choose_dtype(settings)
     _register(attention)
     shell = build_shell(config, attention=attention, dtype=dtype)
     routed = _swap(shell)
@@ -120,6 +121,18 @@ def packing_pool(settings: EngineSettings) -> WorkerPool | None:
     from turbomoe.native.shared import shared_pool
 
     return shared_pool(settings.threads)
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of this name. Raises ``SettingsError`` where this machine or this PyTorch lacks it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise SettingsError(f"There is no device {name!r}", fix="Use cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        why = "this PyTorch sees no CUDA GPU"
+        raise SettingsError(f"The device {name} cannot be used", why=why, fix="Use cpu, or a PyTorch built for CUDA")
+    return device
 
 
 def choose_dtype(settings: EngineSettings) -> torch.dtype:
