@@ -326,8 +326,9 @@ the 397B shape, at most 1.15 times its time at 4,096, and faster from 32,768 on 
 H100, and this GPU has 1.4 times its memory bandwidth with the same arithmetic, which helps bf16 most. Reached: 2.5 by
 `tq2`, 1.8 by `tcq2` (and by `tcq2.5`), and what was asked at 4,096 and from 32,768 on by every `tq` and `tcq` type in
 every shape.
-**Not reached**: 2.5 by `tq3` and `tq4`. No unit of the processor is busy for more than half of the time there: a tile's
-steps wait for each other, and what its values take (the last table) is most of what is left. `bf16 us` is the fastest
+**Not reached**: 2.5 by `tq3` and `tq4`. By count of their instructions no unit of the processor is busy for more than
+half of the time there: a tile's steps wait for each other, and what its values take (the last table) is most of what is
+left. `bf16 us` is the fastest
 of PyTorch's backends in each row. The `q8_0` and `bf16` rows are there to be complete: their path through this kernel
 was not tuned.
 
