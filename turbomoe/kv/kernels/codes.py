@@ -10,26 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from turbomoe.kv.kernels.layout import block, byte_offset, byte_unit
+from turbomoe.kv.kernels.layout import SCALAR_BITS, block, byte_offset, byte_unit
+from turbomoe.kv.trellis_codebook import TRELLISES
 
-_BLOCKS = {name: block(name) for name in ("tq2", "tq3", "tq4", "tcq2", "tcq2.5", "tcq3", "tcq4")}
-TQ2_TEXT, TQ2_REGISTERS = (tl.constexpr(part) for part in _BLOCKS["tq2"].parts)
-TQ3_TEXT, TQ3_REGISTERS = (tl.constexpr(part) for part in _BLOCKS["tq3"].parts)
-TQ4_TEXT, TQ4_REGISTERS = (tl.constexpr(part) for part in _BLOCKS["tq4"].parts)
-TCQ2_TEXT, TCQ2_REGISTERS = (tl.constexpr(part) for part in _BLOCKS["tcq2"].parts)
-TCQ25_TEXT, TCQ25_REGISTERS = (tl.constexpr(part) for part in _BLOCKS["tcq2.5"].parts)
-TCQ3_TEXT, TCQ3_REGISTERS = (tl.constexpr(part) for part in _BLOCKS["tcq3"].parts)
-TCQ4_TEXT, TCQ4_REGISTERS = (tl.constexpr(part) for part in _BLOCKS["tcq4"].parts)
-_BYTES = {name: block(name, for_scores=True) for name in _BLOCKS}
-TQ2_BYTES, TQ2_BYTE_REGISTERS = (tl.constexpr(part) for part in _BYTES["tq2"].parts)
-TQ3_BYTES, TQ3_BYTE_REGISTERS = (tl.constexpr(part) for part in _BYTES["tq3"].parts)
-TQ4_BYTES, TQ4_BYTE_REGISTERS = (tl.constexpr(part) for part in _BYTES["tq4"].parts)
-TCQ2_BYTES, TCQ2_BYTE_REGISTERS = (tl.constexpr(part) for part in _BYTES["tcq2"].parts)
-TCQ25_BYTES, TCQ25_BYTE_REGISTERS = (tl.constexpr(part) for part in _BYTES["tcq2.5"].parts)
-TCQ3_BYTES, TCQ3_BYTE_REGISTERS = (tl.constexpr(part) for part in _BYTES["tcq3"].parts)
-TCQ4_BYTES, TCQ4_BYTE_REGISTERS = (tl.constexpr(part) for part in _BYTES["tcq4"].parts)
-OFFSETS = tl.constexpr({name: byte_offset(name) for name in _BYTES})
-UNITS = tl.constexpr({name: byte_unit(name) for name in _BYTES})
+NAMES = (*SCALAR_BITS, *TRELLISES)
+# Of each codec's assembly for values and for keys: the text, its constraints, how many words go in and come out.
+VALUES, KEYS = (
+    tl.constexpr({name: (*(made := block(name, for_scores)).parts, made.inputs, made.outputs) for name in NAMES})
+    for for_scores in (False, True)
+)
+OFFSETS = tl.constexpr({name: byte_offset(name) for name in NAMES})
+UNITS = tl.constexpr({name: byte_unit(name) for name in NAMES})
 
 
 @triton.constexpr_function
@@ -44,6 +35,24 @@ def of_kind(kind, each):
     return each[kind]
 
 
+@triton.constexpr_function
+def _part(kind, blocks, number):
+    return blocks[kind][number]
+
+
+@triton.constexpr_function
+def _place(kind, as_bytes, number):
+    """Where the assembly's table words lie among those of ``lookup``: not always one after the other from the first."""
+    if kind == "tcq2.5" and as_bytes:
+        return number + 4
+    return 2 * number if kind == "tq2" and not as_bytes else number
+
+
+@triton.constexpr_function
+def _so_many(many):
+    return (tl.int32,) * many
+
+
 @triton.jit
 def _merge(a, b):
     """[N, W] twice to [N, 2 W], taking turns."""
@@ -53,11 +62,6 @@ def _merge(a, b):
 @triton.jit
 def _merge4(a, b, c, d):
     return _merge(_merge(a, c), _merge(b, d))
-
-
-@triton.jit
-def _merge8(a, b, c, d, e, f, g, h):
-    return _merge(_merge4(a, c, e, g), _merge4(b, d, f, h))
 
 
 @triton.jit
@@ -187,113 +191,23 @@ def _turned(planes):
 
 
 @triton.jit
-def _registers(group, tables, KIND: tl.constexpr):
-    """int32 [N, registers], by group: two values each."""
-    if KIND == "tq2":
-        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            TQ2_TEXT, TQ2_REGISTERS, [group[0], tables[0], tables[2]], dtype=(tl.int32,) * 8, is_pure=True, pack=1
-        )
-        return _merge8(a, b, c, d, e, f, g, h)
-    elif KIND == "tq3":
-        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            TQ3_TEXT, TQ3_REGISTERS, [group[0], group[1], tables[0], tables[1], tables[2], tables[3]],
-            dtype=(tl.int32,) * 8, is_pure=True, pack=1,
-        )  # fmt: skip
-        return _merge8(a, b, c, d, e, f, g, h)
-    elif KIND == "tq4":
-        a, b, c, d = tl.inline_asm_elementwise(
-            TQ4_TEXT, TQ4_REGISTERS, [group[0], tables[0], tables[1], tables[2], tables[3]], dtype=(tl.int32,) * 4,
-            is_pure=True, pack=1,
-        )  # fmt: skip
-        return _merge4(a, b, c, d)
-    elif KIND == "tcq2":
-        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            TCQ2_TEXT, TCQ2_REGISTERS, [group[0], group[1], tables[0], tables[1], tables[2], tables[3]],
-            dtype=(tl.int32,) * 8, is_pure=True, pack=1,
-        )  # fmt: skip
-        return _merge8(a, b, c, d, e, f, g, h)
-    elif KIND == "tcq4":
-        a, b, c, d = tl.inline_asm_elementwise(
-            TCQ4_TEXT, TCQ4_REGISTERS,
-            [group[0], group[1], tables[0], tables[1], tables[2], tables[3], tables[4], tables[5]],
-            dtype=(tl.int32,) * 4, is_pure=True, pack=1,
-        )  # fmt: skip
-        return _merge4(a, b, c, d)
-    elif KIND == "tcq3":
-        r0, r1, r2, r3, r4, r5, r6, r7, r8, r9, r10, r11, r12, r13, r14, r15 = tl.inline_asm_elementwise(
-            TCQ3_TEXT, TCQ3_REGISTERS,
-            [group[0], group[1], group[2], group[3], tables[0], tables[1], tables[2], tables[3]],
-            dtype=(tl.int32,) * 16, is_pure=True, pack=1,
-        )  # fmt: skip
-        even, odd = _merge8(r0, r2, r4, r6, r8, r10, r12, r14), _merge8(r1, r3, r5, r7, r9, r11, r13, r15)
-        return _merge(even, odd)
-    else:
-        (
-            r0, r1, r2, r3, r4, r5, r6, r7, r8, r9, r10, r11, r12, r13, r14, r15,
-            r16, r17, r18, r19, r20, r21, r22, r23, r24, r25, r26, r27, r28, r29, r30, r31,
-        ) = tl.inline_asm_elementwise(
-            TCQ25_TEXT, TCQ25_REGISTERS,
-            [
-                group[0], group[1], group[2], group[3], group[4], group[5], group[6], group[7], group[8], group[9],
-                tables[0], tables[1], tables[2], tables[3],
-            ],
-            dtype=(tl.int32,) * 32, is_pure=True, pack=1,
-        )  # fmt: skip
-        first = _merge(_merge8(r0, r4, r8, r12, r16, r20, r24, r28), _merge8(r2, r6, r10, r14, r18, r22, r26, r30))
-        second = _merge(_merge8(r1, r5, r9, r13, r17, r21, r25, r29), _merge8(r3, r7, r11, r15, r19, r23, r27, r31))
-        return _merge(first, second)
-
-
-@triton.jit
-def _byte_registers(group, tables, KIND: tl.constexpr):
-    """int32 [N, registers], by group: four bytes each, of keys."""
-    if KIND == "tq2":
-        a, b, c, d = tl.inline_asm_elementwise(
-            TQ2_BYTES, TQ2_BYTE_REGISTERS, [group[0], tables[0]], dtype=(tl.int32,) * 4, is_pure=True, pack=1
-        )
-        return _merge4(a, b, c, d)
-    elif KIND == "tq3":
-        a, b, c, d = tl.inline_asm_elementwise(
-            TQ3_BYTES, TQ3_BYTE_REGISTERS, [group[0], group[1], tables[0], tables[1]], dtype=(tl.int32,) * 4,
-            is_pure=True, pack=1,
-        )  # fmt: skip
-        return _merge4(a, b, c, d)
-    elif KIND == "tq4":
-        a, b = tl.inline_asm_elementwise(
-            TQ4_BYTES, TQ4_BYTE_REGISTERS, [group[0], tables[0], tables[1], tables[2], tables[3]],
-            dtype=(tl.int32,) * 2, is_pure=True, pack=1,
-        )  # fmt: skip
-        return _merge(a, b)
-    elif KIND == "tcq2":
-        a, b, c, d = tl.inline_asm_elementwise(
-            TCQ2_BYTES, TCQ2_BYTE_REGISTERS, [group[0], group[1], tables[0], tables[1], tables[2], tables[3]],
-            dtype=(tl.int32,) * 4, is_pure=True, pack=1,
-        )  # fmt: skip
-        return _merge4(a, b, c, d)
-    elif KIND == "tcq4":
-        a, b = tl.inline_asm_elementwise(
-            TCQ4_BYTES, TCQ4_BYTE_REGISTERS,
-            [group[0], group[1], tables[0], tables[1], tables[2], tables[3], tables[4], tables[5]],
-            dtype=(tl.int32,) * 2, is_pure=True, pack=1,
-        )  # fmt: skip
-        return _merge(a, b)
-    elif KIND == "tcq3":
-        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            TCQ3_BYTES, TCQ3_BYTE_REGISTERS,
-            [group[0], group[1], group[2], group[3], tables[0], tables[1], tables[2], tables[3]],
-            dtype=(tl.int32,) * 8, is_pure=True, pack=1,
-        )  # fmt: skip
-        return _merge8(a, b, c, d, e, f, g, h)
-    else:
-        r0, r1, r2, r3, r4, r5, r6, r7, r8, r9, r10, r11, r12, r13, r14, r15 = tl.inline_asm_elementwise(
-            TCQ25_BYTES, TCQ25_BYTE_REGISTERS,
-            [
-                group[0], group[1], group[2], group[3], group[4], group[5], group[6], group[7], group[8], group[9],
-                tables[4], tables[5],
-            ],
-            dtype=(tl.int32,) * 16, is_pure=True, pack=1,
-        )  # fmt: skip
-        return _merge(_merge8(r0, r2, r4, r6, r8, r10, r12, r14), _merge8(r1, r3, r5, r7, r9, r11, r13, r15))
+def _registers(group, tables, KIND: tl.constexpr, BLOCKS: tl.constexpr, BYTES: tl.constexpr):
+    """int32 [N, registers], by group: two values each, or four bytes of keys."""
+    arguments = group
+    for number in tl.static_range(_part(KIND, BLOCKS, 2) - len(group)):
+        arguments += (tables[_place(KIND, BYTES, number)],)
+    found = tl.inline_asm_elementwise(
+        _part(KIND, BLOCKS, 0), _part(KIND, BLOCKS, 1), arguments, dtype=_so_many(_part(KIND, BLOCKS, 3)), is_pure=True,
+        pack=1,
+    )  # fmt: skip
+    # Halves of the list take turns until one is left, so that registers stand in their order.
+    for _ in tl.static_range(5):
+        if len(found) > 1:
+            merged = ()
+            for i in tl.static_range(len(found) // 2):
+                merged += (_merge(found[i], found[i + len(found) // 2]),)
+            found = merged
+    return found[0]
 
 
 @triton.jit
@@ -302,7 +216,7 @@ def decoded(group, tables, KIND: tl.constexpr, FOR_SCORES: tl.constexpr):
     BYTES: tl.constexpr = FOR_SCORES and are_bytes(KIND, OFFSETS)
     if KIND == "tcq2.5":
         group = group + _turned(group)
-    registers = _byte_registers(group, tables, KIND) if BYTES else _registers(group, tables, KIND)
+    registers = _registers(group, tables, KIND, KEYS if BYTES else VALUES, BYTES)
     return _in_row_order(_arranged(registers, group[0].shape[1], FOR_SCORES, BYTES))
 
 
