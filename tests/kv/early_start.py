@@ -28,27 +28,30 @@ OTHERS = {"part_far": "*fp16", "lifts": "*i32", "columns": "*i32", "v_columns": 
 KINDS = FLOATS | LONGS | NUMBERS | OTHERS
 
 
-def compiled(function: Any, constants: dict[str, Any], kinds: dict[str, str], warps: int) -> tuple[str, list[str]]:
-    """PTX for sm_90, and the names of its parameters."""
+def compiled(
+    function: Any, constants: dict[str, Any], kinds: dict[str, str], warps: int, capability: int = 90
+) -> tuple[str, list[str]]:  # fmt: skip
+    """PTX for a GPU of this compute capability, and the names of its parameters."""
     names = function.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else (KINDS | kinds).get(name, "*bf16") for name in names}
     source = ASTSource(fn=function, signature=signature, constexprs=constants)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     return made.asm["ptx"], [name for name in names if name not in constants]
 
 
-def attend(dim: int, k: str, v: str) -> tuple[str, list[str]]:
+def attend(dim: int, k: str, v: str, capability: int = 90, early: bool = True) -> tuple[str, list[str]]:
     k_width, v_width = (make_codec(name, dim).planes[0].width for name in (k, v))
     stages = 1 if COMPILER_READ.isdisjoint((k, v)) else STAGES
     constants = SHAPE | {
         "D": dim, "SINK": 64, "RECENT": 256, "BEHIND": 320, "K_KIND": k, "V_KIND": v, "K_WIDTH": k_width,
         "V_WIDTH": v_width, "HAS_MEAN": True, "SPLITS": 64, "WINDOWS": 6, "CHUNKS": chunks(dim, k, v),
-        "STAGES": stages, "ASM": True, "PRECISION": "tf32",
+        "STAGES": stages, "EARLY": early, "ASM": True, "PRECISION": "tf32",
     }  # fmt: skip
     kinds = dict.fromkeys("k_scales v_scales k_table v_table".split(), "*fp16")
     kinds |= {"k_codes": "*i8" if k == "q8_0" else "*u8", "v_codes": "*u8", "k_dims": "*i32", "v_dims": "*i32"}
-    return compiled(decode.attend, constants, kinds | {"turned": "*i8" if in_bytes(k) else "*fp16"}, 4)
+    kinds["turned"] = "*i8" if in_bytes(k) else "*fp16"
+    return compiled(decode.attend, constants, kinds, 4, capability)
 
 
 def too_early(ptx: str, parameters: list[str], written: set[str]) -> list[str]:

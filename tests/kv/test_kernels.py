@@ -122,34 +122,9 @@ def test_the_kernels_say_what_they_do_not_run() -> None:
 
 
 COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from turbomoe.kv.codecs import make_codec
-from turbomoe.kv.kernels import decode
-from turbomoe.kv.kernels.launch import COMPILER_READ, STAGES
-from turbomoe.kv.kernels.layout import chunks, in_bytes
-names = decode.attend.arg_names
-pair = "{k}", "{v}"
-k_width, v_width = (make_codec(name, {dim}).planes[0].width for name in pair)
-constants = dict(
-    HEADS=8, KV_HEADS=2, GROUP=4, D={dim}, SINK=64, RECENT=256, BEHIND=320, K_KIND="{k}", V_KIND="{v}",
-    K_WIDTH=k_width, V_WIDTH=v_width, HAS_MEAN=True, SPLITS=64, WINDOWS=6, CHUNKS=chunks({dim}, *pair),
-    STAGES=1 if COMPILER_READ.isdisjoint(pair) else STAGES, EARLY=False, ASM=True, PRECISION="tf32",
-)
-halves = "k_scales v_scales k_table v_table part_far"
-floats = "factors offsets part_top part_total"
-kinds = dict(
-    starts="*i64", slots="*i64", pages="*i64", k_codes="*u8", v_codes="*u8", k_dims="*i32", v_dims="*i32",
-    scale="fp32", lifts="*i32", pages_per_slot="i32", query_stride_b="i32", query_stride_h="i32",
-    turned="*i8" if in_bytes("{k}") else "*fp16", **dict.fromkeys(halves.split(), "*fp16"),
-    **dict.fromkeys(floats.split(), "*fp32"),
-)
-signature = {{n: "constexpr" if n in constants else kinds.get(n, "*bf16") for n in names}}
+from tests.kv.early_start import attend
 for capability in (80, 89, 90, 120):
-    source = ASTSource(fn=decode.attend, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={{"num_warps": 4}})
-    assert "prmt.b32" in compiled.asm["ptx"]
+    assert "prmt.b32" in attend({dim}, "{k}", "{v}", capability, early=False)[0]
 print("compiled")
 """
 
