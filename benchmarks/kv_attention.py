@@ -315,8 +315,8 @@ ENCODE = """\
 {date}, {device}: `python benchmarks/kv_encode.py --cuda`. Codes equal those of the exact reference, all of 4,099
 vectors a codec and head size. A vector's time in batches of 65,536, and all keys and values of a 32,768-token prompt
 as a share of its attention layers' work (projections and attention in bf16, whole prompt at once). 10% was the goal
-for the 397B shape: `tcq2` reaches it, **the others do not** in this table. It was measured before all trellises were
-searched in 16 bits and before the vectors were read in one pass; of that, see [log.md](log.md)."""
+for the 397B shape, and **all four reach it**. A layer of the dense shape has twice as many values to encode and half as
+much other work."""
 
 FOOT = """\
 ## How to read this
