@@ -306,8 +306,8 @@ in pages, beside the fastest bf16 attention (cuDNN without a mask: a little more
 decoded once for all programs, in at most {mib} MiB beside the cache, whatever its length; "registers": decoded by
 every program, tried for small chunks. {cases} random caches, {bad} outside the contract. **Slower than bf16**: after
 32,768 tokens and more the slab takes {least:.1f} to {most:.1f} times its time, at {low:.0%} to {high:.0%} of the
-rate of a large bf16 product. After 4,096 it is worse still, also for programs that decode for themselves; why was
-not found yet. Encoding is not in these times."""
+rate of a large bf16 product. After 4,096 it is worse still: there Python, which launches some sixty small operations
+a block of 512 tokens, takes longer than the GPU (2.0 ms of 6 to 9). Encoding is not in these times."""
 
 ENCODE = """\
 ## Encoding
@@ -326,9 +326,8 @@ the 397B shape, at most 1.15 times its time at 4,096, and faster from 32,768 on 
 H100, and this GPU has 1.4 times its memory bandwidth with the same arithmetic, which helps bf16 most. Reached: 2.5 by
 `tq2`, 1.8 by `tcq2` (and by `tcq2.5`), and what was asked at 4,096 and from 32,768 on by every `tq` and `tcq` type in
 every shape.
-**Not reached**: 2.5 by `tq3` and `tq4`. By count of their instructions no unit of the processor is busy for more than
-half of the time there: a tile's steps wait for each other, and what its values take (the last table) is most of what is
-left. `bf16 us` is the fastest
+**Not reached**: 2.5 by `tq3` and `tq4`. What was tried, and where their time goes, stands in [log.md](log.md); a good
+part of it is that programs with the same work do not end together. `bf16 us` is the fastest
 of PyTorch's backends in each row. The `q8_0` and `bf16` rows are there to be complete: their path through this kernel
 was not tuned.
 
