@@ -8,12 +8,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.cli.tiny_chat import Done, Says, Turbomoe
-from turbomoe.cli import session
+from turbomoe.cli import loading, session
 from turbomoe.cli.answer import AnswerWriter
 from turbomoe.engine.session import KIND, VERSION, session_types
 from turbomoe.files.array_file import load_arrays, save_arrays
@@ -216,6 +217,20 @@ def test_a_session_that_does_not_fit_is_refused_before_a_token(talk: Talk, says:
     done = talk("Two?")
     assert done.code == 1 and "damaged" in done.err and "delete this one to start anew" in done.err
     assert file.read_bytes() == before[:-1]
+
+
+def test_a_session_of_another_model_is_refused_before_the_model_is_read(
+    talk: Talk, says: Says, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says("First.")
+    talk("One?")
+    before = file.read_bytes()
+    read: list[str] = []
+    monkeypatch.setattr(loading, "announce", lambda *_, **__: read.append("announced"))
+    says.model = replace(says.model, identity="another")
+    done = talk("Two?")
+    assert done.code == 1 and f"Cannot use {file} as session: it belongs to another model, scripted" in done.err
+    assert not read and file.read_bytes() == before
 
 
 def test_auto_takes_the_types_of_the_session(talk: Talk, says: Says, file: Path) -> None:

@@ -127,6 +127,7 @@ class Says:
     def _load(self, path: Path, settings: Any, progress: Any, *, before: Any) -> Any:
         from transformers import LlamaConfig
 
-        before(Forecast(1000, 0, (AttentionShape(0, 2, 1, 64),), self.model.context_length, LlamaConfig()))
+        shapes, model = (AttentionShape(0, 2, 1, 64),), self.model
+        before(Forecast(1000, 0, shapes, model.context_length, LlamaConfig(), model.identity))
         progress(1000, 1000)
         return self.model

@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
     session = session_file(args)
     from turbomoe.engine.conversation import Conversation
 
-    model, settings = load(args)
+    model, settings = load(args, check=None if session is None else session.check_model)
     thinking = None if args.think is None else args.think == "on"
     conversation = Conversation(make_engine(model, settings), system=args.system, thinking=thinking)
     if session is not None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from turbomoe.cli.announce import Plan, announce
 from turbomoe.cli.options import engine_settings, model_reference
 from turbomoe.config import EngineSettings, KVSettings
+from turbomoe.units import format_bytes
 
 if TYPE_CHECKING:
     from turbomoe.cli.announce import Use
@@ -22,25 +23,38 @@ if TYPE_CHECKING:
     from turbomoe.models.base import Forecast, LoadedModel
 
 
+BETWEEN_LINES = 20.0  # seconds
+
+
 class Bar(AbstractContextManager["Bar"]):
-    """A progress bar on standard error, only where a person watches, from the first report on."""
+    """A progress bar on standard error, from the first report on; a line now and then where nobody watches, in a log."""
 
     def __init__(self, what: str, unit: str = "B") -> None:
         self._what, self._unit = what, unit
         self._bar: Any = None
+        self._told = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
+        if not sys.stderr.isatty():
+            self._tell(done, total)
+            return
         self._bar = self._bar or self._open(total)
         self._bar.update(done - self._bar.n)
+
+    def _tell(self, done: int, total: int) -> None:
+        if done == total or time.monotonic() - self._told < BETWEEN_LINES:
+            return
+        self._told = time.monotonic()
+        far = f"{done} of {total} {self._unit}s" if self._unit != "B" else f"{format_bytes(done)} of {format_bytes(total)}"
+        print(f"{self._what}: {far}", file=sys.stderr, flush=True)
 
     def _open(self, total: int) -> Any:
         from tqdm import tqdm
 
-        hidden = not sys.stderr.isatty()
         scale = self._unit == "B"
         return tqdm(
             desc=self._what, total=total, unit=self._unit, unit_scale=scale, unit_divisor=1024 if scale else 1000,
-            disable=hidden, leave=False, file=sys.stderr,
+            leave=False, file=sys.stderr,
         )  # fmt: skip
 
     def __exit__(self, *exc: object) -> None:
@@ -76,14 +90,14 @@ NO_CHECK = (
 
 def load(
     args: argparse.Namespace, use: Use | None = None, asked: bool | None = None,
-    needed: Callable[[LoadedModel], int] | None = None,
+    needed: Callable[[LoadedModel], int] | None = None, check: Callable[[str], None] | None = None,
 ) -> tuple[LoadedModel, EngineSettings]:  # fmt: skip
     """Resolve, check and load the model that ``args`` name; the memory table goes to standard error first.
 
     ``use`` tells what the verb will take; by default one engine's memory. ``asked`` tells whether the size of
     context is the user's wish; by default whether there was a -c. ``needed`` tells how many tokens the run takes at
-    most, 0 where that is not known. The settings come back with the size settled on, and with the KV types that
-    ``auto`` became.
+    most, 0 where that is not known. ``check`` hears the model's identity before it is read, and may raise. The settings
+    come back with the size settled on, and with the KV types that ``auto`` became.
     """
     wished = args.ctx_size is not None if asked is None else asked
     settings = engine_settings(args)
@@ -99,6 +113,8 @@ def load(
     plans: list[Plan] = []
 
     def before(forecast: Forecast) -> None:
+        if check is not None:
+            check(forecast.identity)
         plans.append(announce(forecast, settings, asked=wished, use=use))
 
     with Bar("loading") as bar:

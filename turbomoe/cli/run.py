@@ -50,7 +50,8 @@ def main(args: argparse.Namespace) -> int:
         raise SettingsError("--raw leaves no place for --system and --think", fix="Leave out one or the other")
     text = read_prompt(args)
     session = session_file(args)
-    model, settings = load(args, needed=lambda model: tokens_needed(model, text, args))
+    check = None if session is None else session.check_model
+    model, settings = load(args, needed=lambda model: tokens_needed(model, text, args), check=check)
     engine = make_engine(model, settings)
     sampling = sampling_params(args, model.sampling)
     asked = ask_alone(engine, text, sampling, args) if session is None else ask(session, engine, text, sampling, args)

@@ -61,6 +61,12 @@ class SessionFile:
         self._saved: Transcript | None = None  # as it is in the file
         self._talk: Conversation | None = None
 
+    def check_model(self, identity: str) -> None:
+        """Raise ``RecordError`` if the file is of another model than the one with this identity."""
+        from turbomoe.engine.session import check_session_model
+
+        check_session_model(self.path, identity)
+
     def take_up(self, talk: Conversation) -> None:
         """Go on with what the file holds; a conversation that has not begun where there is no file."""
         from turbomoe.engine.session import load_session

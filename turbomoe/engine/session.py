@@ -6,6 +6,8 @@ slot. It is refused, and nothing changes, unless its codes mean here what they m
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -15,7 +17,14 @@ import numpy as np
 from turbomoe.engine.conversation import Conversation, Transcript
 from turbomoe.engine.engine import Engine
 from turbomoe.engine.session_arrays import late, to_tensor
-from turbomoe.engine.session_header import check_memory, check_origin, make_header, read_tokens, read_transcript
+from turbomoe.engine.session_header import (
+    check_memory,
+    check_model,
+    check_origin,
+    make_header,
+    read_tokens,
+    read_transcript,
+)
 from turbomoe.errors import RequestError
 from turbomoe.files.array_file import (
     Array,
@@ -67,9 +76,26 @@ def load_session(engine: Engine, into: Conversation | int, path: str | PathLike[
     ``RequestError`` while the conversation, the slot or every slot is at work.
     """
     slot = _slot_for(engine, into)
+    with _naming(path), open_arrays(path, KIND, VERSION, LARGEST) as file:
+        _load(engine, into, slot, file)
+
+
+def check_session_model(path: str | PathLike[str], identity: str) -> None:
+    """Raise ``RecordError`` if the session at ``path`` says that it is not of the model with this identity.
+
+    What it says is checked when it is loaded; this spares a person the loading of the wrong model.
+    """
+    header = claimed_header(path)
+    if "model" in header:
+        with _naming(path):
+            check_model(header, identity)
+
+
+@contextmanager
+def _naming(path: str | PathLike[str]) -> Iterator[None]:
+    """Errors name the file and the way out."""
     try:
-        with open_arrays(path, KIND, VERSION, LARGEST) as file:
-            _load(engine, into, slot, file)
+        yield
     except RecordError as error:
         about = "" if error.what.startswith("Cannot ") else f"Cannot use {fspath(path)} as session: "
         raise RecordError(about + error.what, fix=error.fix or ANEW) from error

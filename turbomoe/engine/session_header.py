@@ -55,13 +55,21 @@ def make_header(engine: Engine, said: Transcript) -> dict[str, Any]:
     }
 
 
+def check_model(header: Mapping[str, Any], identity: str) -> None:
+    """Raise ``RecordError`` unless the file is of the model with this identity."""
+    model = header.get("model")
+    if not isinstance(model, dict):
+        raise RecordError("its header lacks the model")
+    if model.get("identity") != identity:
+        raise RecordError(f"it belongs to another model, {_short(model.get('name'))}", fix=OTHER_MODEL)
+
+
 def check_origin(engine: Engine, header: Mapping[str, Any]) -> None:
     """Raise ``RecordError`` unless the file's codes mean in this engine what they meant in theirs."""
-    model, theirs = header.get("model"), header.get("depends_on")
-    if not isinstance(model, dict) or not isinstance(theirs, dict):
-        raise RecordError("its header lacks the model or the settings")
-    if model.get("identity") != engine.model.identity:
-        raise RecordError(f"it belongs to another model, {_short(model.get('name'))}", fix=OTHER_MODEL)
+    check_model(header, engine.model.identity)
+    theirs = header.get("depends_on")
+    if not isinstance(theirs, dict):
+        raise RecordError("its header lacks the settings")
     mine = json.loads(json.dumps(depends_on(engine.runner.memory)))
     for name in [*mine, *(name for name in theirs if name not in mine)]:
         if theirs.get(name) != mine.get(name):
