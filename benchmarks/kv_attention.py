@@ -280,8 +280,8 @@ sides have the same type in these tables.
 Written by `python benchmarks/kv_attention.py write`. What was measured: `python benchmarks/kv_attention.py measure`
 (times, inside CUDA graphs), `python benchmarks/kv_kernel_matrix.py` (errors), `python benchmarks/kv_memory.py`
 (bytes), and what the last sections name. Three Triton kernels and one small one more
-(`turbomoe/kv/kernels/decode.py`) do a layer's attention of one new token: the query rotated, pages of codes and
-exact windows in one softmax, the parts put together, the output turned back, the new token stored."""
+(`decode.py` and `attend.py` in `turbomoe/kv/kernels`) do a layer's attention of one new token: the query rotated, pages
+of codes and exact windows in one softmax, the parts put together, the output turned back, the new token stored."""
 
 CONTRACT = """\
 ## Errors

@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 
 from turbomoe.kv.codecs import make_codec
 from turbomoe.kv.kernels import decode
+from turbomoe.kv.kernels.attend import attend as attend_kernel
 from turbomoe.kv.kernels.launch import COMPILER_READ, STAGES
 from turbomoe.kv.kernels.layout import chunks, in_bytes
 
@@ -51,7 +52,7 @@ def attend(dim: int, k: str, v: str, capability: int = 90, early: bool = True) -
     kinds = dict.fromkeys("k_scales v_scales k_table v_table".split(), "*fp16")
     kinds |= {"k_codes": "*i8" if k == "q8_0" else "*u8", "v_codes": "*u8", "k_dims": "*i32", "v_dims": "*i32"}
     kinds["turned"] = "*i8" if in_bytes(k) else "*fp16"
-    return compiled(decode.attend, constants, kinds, 4, capability)
+    return compiled(attend_kernel, constants, kinds, 4, capability)
 
 
 def too_early(ptx: str, parameters: list[str], written: set[str]) -> list[str]:

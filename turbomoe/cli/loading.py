@@ -27,7 +27,7 @@ BETWEEN_LINES = 20.0  # seconds
 
 
 class Bar(AbstractContextManager["Bar"]):
-    """A progress bar on standard error, from the first report on; a line now and then where nobody watches, in a log."""
+    """A progress bar on standard error, from the first report on; where nobody watches, a line now and then."""
 
     def __init__(self, what: str, unit: str = "B") -> None:
         self._what, self._unit = what, unit
@@ -45,7 +45,10 @@ class Bar(AbstractContextManager["Bar"]):
         if done == total or time.monotonic() - self._told < BETWEEN_LINES:
             return
         self._told = time.monotonic()
-        far = f"{done} of {total} {self._unit}s" if self._unit != "B" else f"{format_bytes(done)} of {format_bytes(total)}"
+        if self._unit == "B":
+            far = f"{format_bytes(done)} of {format_bytes(total)}"
+        else:
+            far = f"{done} of {total} {self._unit}s"
         print(f"{self._what}: {far}", file=sys.stderr, flush=True)
 
     def _open(self, total: int) -> Any:

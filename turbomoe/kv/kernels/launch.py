@@ -9,6 +9,7 @@ import triton
 
 from turbomoe.kv.hadamard import random_signs
 from turbomoe.kv.kernels import QUERIES, decode
+from turbomoe.kv.kernels.attend import attend
 from turbomoe.kv.kernels.layout import chunks, in_bytes
 from turbomoe.kv.kernels.stored import code_bytes, interpreted, kind_of, processors, stored
 from turbomoe.kv.layer import Side, Step
@@ -83,7 +84,7 @@ def attend_one(
     behind = -1 if paged else NEVER if keys.codec is None else keys.sink + keys.recent
     stages = 1 if COMPILER_READ.isdisjoint((kind_of(keys), kind_of(values))) else STAGES
     precision = "ieee" if torch.float32 in (keys.exact_dtype, values.exact_dtype) else "tf32"
-    decode.attend[(splits + windows, batch * kv_heads)](
+    attend[(splits + windows, batch * kv_heads)](
         query, turned, factors, lifts, offsets, step.starts, step.slots, step.pages, *k[:4], keys.sinks, keys.ring, key,
         *v[:4], values.sinks, values.ring, value, tops, totals, far, scale, capacity, query.stride(0),
         query.stride(1), **shape, KV_HEADS=kv_heads, SINK=keys.sink, RECENT=keys.recent, BEHIND=behind,

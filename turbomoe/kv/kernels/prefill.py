@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from turbomoe.kv.kernels.codes import row_order
-from turbomoe.kv.kernels.decode import PAGE, _scales, _tile, tiles_each
+from turbomoe.kv.kernels.tiles import PAGE, stored_scales, stored_tile, tiles_each
 
 PAGES = tl.constexpr(16)  # whose means meet the queries in one product
 CHANNELS = tl.constexpr(32)  # of it at a time
@@ -77,9 +77,9 @@ def expand(
     b, h = head // KV_HEADS, head % KV_HEADS
     page = tl.load(pages + b * pages_per_slot + tl.minimum(origin + tile, pages_per_slot - 1))
     n, order = tl.arange(0, PAGE), tl.load(dims + tl.arange(0, D))
-    x = _tile(codes, scales, (page * KV_HEADS + h) * PAGE, n >= 0, order, table, D, KIND, WIDTH, 0, 1, False, ASM)
+    x = stored_tile(codes, scales, (page * KV_HEADS + h) * PAGE, n >= 0, order, table, D, KIND, WIDTH, 0, 1, False, ASM)
     if KIND != "bf16" and KIND != "f16" and KIND != "q8_0":
-        x = x * _scales(scales, page, h, KV_HEADS, True)[:, None]
+        x = x * stored_scales(scales, page, h, KV_HEADS, True)[:, None]
     row = ((b * tl.num_programs(0) + tile) * KV_HEADS + h) * PAGE + row_order(n)
     tl.store(slab + row[:, None] * D + tl.arange(0, D)[None, :], x.to(slab.dtype.element_ty))
 
@@ -133,20 +133,20 @@ def coded(
             # The compiler prefetches codes; scales are too small for that, would be waited for, and so come earlier.
             page = tl.load(table + tl.minimum(fro, last - 1))
             next_page = tl.load(table + tl.minimum(fro + 1, last - 1))
-            k_scale = _scales(k_scales, page, h, KV_HEADS, K_SCALED)
-            v_scale = _scales(v_scales, page, h, KV_HEADS, V_SCALED)
+            k_scale = stored_scales(k_scales, page, h, KV_HEADS, K_SCALED)
+            v_scale = stored_scales(v_scales, page, h, KV_HEADS, V_SCALED)
             for group in tl.range(fro, to, PAGES if HAS_MEAN else 1 << 30, num_stages=1):
                 stop = tl.minimum(group + PAGES, to) if HAS_MEAN else to
                 if HAS_MEAN:
                     offsets = _mean_scores(pairs, still, turns, head, rows, row, group, turn_rows, WIDTH, TURNS)
                 for tile in tl.range(group, stop, num_stages=STAGES):
                     page_after = tl.load(table + tl.minimum(tile + 2, last - 1))
-                    next_k_scale = _scales(k_scales, next_page, h, KV_HEADS, K_SCALED)
-                    next_v_scale = _scales(v_scales, next_page, h, KV_HEADS, V_SCALED)
+                    next_k_scale = stored_scales(k_scales, next_page, h, KV_HEADS, K_SCALED)
+                    next_v_scale = stored_scales(v_scales, next_page, h, KV_HEADS, V_SCALED)
                     at = (tl.load(table + tile) * KV_HEADS + h) * PAGE
                     index = tile * PAGE + row_order(n)
                     seen = index < end if masked else n >= 0
-                    k = _tile(k_codes, k_scales, at, seen, dims, k_table, D, K_KIND, K_WIDTH, 0, 1, False, ASM)
+                    k = stored_tile(k_codes, k_scales, at, seen, dims, k_table, D, K_KIND, K_WIDTH, 0, 1, False, ASM)
                     scores = tl.dot(queries, tl.trans(k.to(K_AS)), input_precision=PRECISION)
                     if K_SCALED:
                         scores = scores * (k_scale.to(tl.float32) * factor)[None, :]
@@ -156,9 +156,7 @@ def coded(
                         scores += tl.sum(tl.where((i == tile - group)[:, None], offsets, 0.0), 0)[:, None]
                     if masked:
                         scores = tl.where(index[None, :] < limit[:, None], scores, float("-inf"))
-                    v = _tile(v_codes, v_scales, at, seen, v_order, v_table, D, V_KIND, V_WIDTH, 0, 1, False, ASM).to(
-                        V_AS
-                    )
+                    v = stored_tile(v_codes, v_scales, at, seen, v_order, v_table, D, V_KIND, V_WIDTH, 0, 1, False, ASM)
                     # Rows that nobody has written yet may hold any scale, NaN too.
                     sure = tl.where(seen, v_scale.to(tl.float32), 0.0)
                     top, total, far = _fold(top, total, far, scores, v.to(V_AS), sure, V_SCALED, PRECISION)
