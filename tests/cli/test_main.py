@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import resource
 import signal
@@ -135,7 +136,7 @@ def test_debug_shows_the_traceback(verb, capsys) -> None:
     assert output.endswith("turbomoe.errors.RequestError: Too long.\n")
 
 
-@pytest.mark.parametrize("error", [ValueError("odd"), OSError(28, "No space left on device"), MemoryError()])
+@pytest.mark.parametrize("error", [ValueError("odd"), OSError(errno.EIO, "Input/output error"), MemoryError()])
 def test_an_unexpected_error_is_one_line_with_a_next_step(verb, capsys, error: Exception) -> None:
     assert verb(fail_with(error))() == cli.ERROR
     line = capsys.readouterr().err
@@ -246,3 +247,12 @@ def test_saving_happens_though_nobody_reads_the_answer(ending, monkeypatch, caps
     monkeypatch.setattr(cli, "_abandon_stdout", lambda: gone.append(True))
     assert ending(fail_with(BrokenPipeError()), NO_SESSION) == cli.BROKEN_PIPE
     assert gone == [True] and capsys.readouterr().err == "No session.\n"
+
+
+def test_a_full_disk_is_told_in_a_sentence(ending, monkeypatch, capsys) -> None:
+    gone: list[bool] = []
+    monkeypatch.setattr(cli, "_abandon_stdout", lambda: gone.append(True))
+    assert ending(fail_with(OSError(errno.ENOSPC, "No space left on device"))) == cli.ERROR
+    assert capsys.readouterr().err == "No space is left where this writes. Free some, or write elsewhere.\n"
+    assert gone == [True] and ending(fail_with(OSError(errno.EIO, "x"))) == cli.ERROR
+    assert "did not expect: OSError" in capsys.readouterr().err

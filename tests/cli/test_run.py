@@ -210,6 +210,14 @@ def test_a_setting_out_of_range_is_told_before_anything_is_loaded(turbomoe: Turb
     assert done.err.startswith(message) and one_sentence(done.err)
 
 
+def test_an_expert_cache_without_experts_is_noted(turbomoe: Turbomoe, says: Says) -> None:
+    says("One.", "Two.", "Three.")
+    run = ("run", "-m", says.path, "Q", "--moe-cache")
+    assert "note: --moe-cache has nothing to hold: this model has no routed experts." in turbomoe(*run, "2M").err
+    assert "--moe-cache" not in turbomoe(*run, "auto").err
+    assert turbomoe(*run, "2M", "--strict").code == 1
+
+
 def test_an_empty_stop_string(turbomoe: Turbomoe) -> None:
     assert turbomoe("run", "-m", "/no/model", "Q", "--stop", "").err.startswith("--stop is out of range")
 

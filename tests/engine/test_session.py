@@ -309,8 +309,8 @@ def test_what_is_no_session_is_refused_and_never_replaced(models, tmp_path, monk
     save_arrays(other, "turbomoe-profile", 1, {}, {})
     refused(engine, tmp_path / "nothing", "it is not there")
     for path, match in (
-        (thesis, "damaged"),
-        (link, "damaged"),
+        (thesis, "another kind of file"),
+        (link, "another kind of file"),
         (pipe, "regular"),
         (tmp_path, "regular"),
         (other, "kind"),

@@ -152,7 +152,9 @@ def test_files_of_another_kind_are_refused(profile_path: Path, trace_path: Path,
     save_file({"x": np.zeros(3)}, tmp_path / "plain")
     (tmp_path / "text").write_text("a profile")
     (tmp_path / "empty").write_bytes(b"")
-    for name, said in (("plain", "another kind"), ("text", "damaged"), ("empty", "damaged"), ("none", "not there")):
+    (tmp_path / "cut").write_bytes(profile_path.read_bytes()[:100])
+    wrong = {"plain": "another kind", "text": "another kind", "empty": "damaged", "cut": "damaged", "none": "not there"}
+    for name, said in wrong.items():
         with pytest.raises(RecordError, match=said):
             Profile.load(tmp_path / name)
     with pytest.raises(RecordError, match="not a regular file"):

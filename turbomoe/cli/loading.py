@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from turbomoe.cli.announce import Plan, announce
 from turbomoe.cli.options import engine_settings, model_reference
 from turbomoe.config import EngineSettings, KVSettings
+from turbomoe.notices import Notice, board
 from turbomoe.units import format_bytes
 
 if TYPE_CHECKING:
@@ -122,6 +123,8 @@ def load(
 
     with Bar("loading") as bar:
         model = load_model(path, settings, bar, before=before)
+    if model.experts is None and settings.experts.cache not in ("off", "auto"):
+        board.post(Notice("--moe-cache has nothing to hold", "this model has no routed experts", avoid="leave it out"))
     if args.moe_profile or args.moe_profile_save:
         from turbomoe.cli.expert_profile import use_profiles
 

@@ -8,6 +8,7 @@ transformers) is imported before a verb runs: help has to come at once.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -84,6 +85,11 @@ def _attempt(action: Callable[[], int], debug: bool) -> int:
     except BrokenPipeError:
         _abandon_stdout()
         return BROKEN_PIPE
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            return report(error, debug)
+        _abandon_stdout()
+        return report(TurbomoeError("No space is left where this writes", fix="Free some, or write elsewhere"), debug)
     except SystemExit as stop:  # libraries of servers do that
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:

@@ -44,6 +44,8 @@ def check_sampling(args: argparse.Namespace) -> None:
     for name, flag in FLAGS.items():
         if (value := getattr(args, name)) is not None:
             _try(flag, partial(SamplingParams, **{name: value}))
+    if args.predict < 0:
+        raise SettingsError(f"--predict is out of range: 0 (until the context is full) or more, not {args.predict}")
     _try("--predict", partial(Request, (0,), max_tokens=args.predict))
     _try("--stop", partial(Request, (0,), stop=tuple(getattr(args, "stop", ()))))
 

@@ -99,6 +99,8 @@ def open_arrays(path: str | PathLike[str], kind: str, version: int, largest: int
     name, what = fspath(path), kind.replace("turbomoe-", "").replace("-", " ")
     try:
         _check_size(Path(name), largest)
+        if not _has_head(Path(name)):
+            raise RecordError("it is another kind of file")
         opened = safe_open(name, framework="numpy")
         metadata = _check(opened, kind, version)
         header = json.loads(metadata["header"])
@@ -125,6 +127,12 @@ def claimed_header(path: str | PathLike[str]) -> dict[str, Any]:
         header = json.loads(_claims(path).get("header", "{}"))
         return header if isinstance(header, dict) else {}
     return {}
+
+
+def _has_head(path: Path) -> bool:
+    """Whether the file begins as all of ours do, even if it is cut or damaged further on."""
+    with open(path, "rb") as file:
+        return len(file.read(8)) < 8 or file.read(1) == b"{"
 
 
 def _claims(path: str | PathLike[str]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise SettingsError("Plots need matplotlib", fix="Run: pip install matplotlib") from error
+        raise SettingsError("Plots need matplotlib", fix="Run: pip install -c constraints.txt '.[plots]'") from error
 
 
 def profile_plots(profile: Profile, folder: Path) -> list[Path]:
