@@ -107,20 +107,20 @@ class Arm:
             self.runner.forward([0], part, Phase.PREFILL, keep=1)
 
     def round(self) -> None:
-        """``STEPS`` steps; what they take, and what of it is ``encode_leaving``."""
+        """``STEPS`` steps; what they take, and what of it encodes what leaves the rings, which a CPU does at once."""
         import torch
 
-        from turbomoe.kv.layer import SideGroup
+        from turbomoe.kv.aside import Aside
 
-        original, spent = SideGroup.encode_leaving, 0.0
+        original, spent = Aside.run, 0.0
 
-        def timed(group: SideGroup, step: Any) -> None:
+        def timed(aside: Aside, works: Any) -> None:
             nonlocal spent
             start = time.perf_counter()
-            original(group, step)
+            original(aside, works)
             spent += time.perf_counter() - start
 
-        SideGroup.encode_leaving = timed  # type: ignore[method-assign]
+        Aside.run = timed  # type: ignore[method-assign]
         try:
             for _ in range(STEPS):
                 before, start = spent, time.perf_counter()
@@ -128,7 +128,7 @@ class Arm:
                 self.steps.append(time.perf_counter() - start)
                 self.encoding.append(spent - before)
         finally:
-            SideGroup.encode_leaving = original  # type: ignore[method-assign]
+            Aside.run = original  # type: ignore[method-assign]
 
 
 def measure_steps(model_path: Path, tokens: int, rounds: int, threads: int) -> list[dict[str, Any]]:

@@ -23,7 +23,15 @@ from turbomoe.engine.conversation import Conversation
 from turbomoe.engine.engine import Engine
 from turbomoe.engine.plain_text import PlainText
 from turbomoe.engine.request import Request, SamplingParams
-from turbomoe.engine.session import KIND, VERSION, load_session, save_session, session_nbytes
+from turbomoe.engine.session import (
+    KIND,
+    LARGEST,
+    VERSION,
+    check_session_model,
+    load_session,
+    save_session,
+    session_nbytes,
+)
 from turbomoe.errors import RequestError
 from turbomoe.files.array_file import RecordError, load_arrays, save_arrays
 from turbomoe.files.atomic import WriteError
@@ -383,6 +391,36 @@ def test_a_load_that_breaks_off_leaves_an_empty_slot_that_says_so(models, saved,
     assert engine.slots.known(0) == [] and engine.runner.memory.host_lengths == [0]
     anew = engine_for(models("qwen35"), CODES)
     assert answer(engine, [*known, 1], 3) == answer(anew, [*known, 1], 3)
+
+
+@pytest.mark.parametrize("text", ["a\nb\x1b[2J", "\u202e\x07"])
+def test_what_a_file_says_cannot_steer_a_terminal(models, saved, text):
+    header, arrays = load_arrays(saved, KIND, VERSION, LARGEST)
+    header["model"] = {"name": text, "identity": "another"}
+    save_arrays(saved, KIND, VERSION, header, arrays)
+    error = refused(engine_for(models("qwen35"), CODES), saved, "belongs to another model")
+    assert str(error).isprintable()
+
+
+def test_the_model_is_checked_early_and_nothing_else(models, saved):
+    """Whatever else may be wrong with a file is told when it is loaded, by its true name."""
+    identity = models("qwen35")[0].identity
+    check_session_model(saved, identity)
+    with pytest.raises(RecordError, match=f"{saved} as session: it belongs to another model, qwen35"):
+        check_session_model(saved, "another")
+    data = saved.read_bytes()
+    for changed, why in (
+        (data.replace(identity[:8].encode(), b"00000000"), "it is damaged .its contents"),
+        (data.replace(b'"version": "1"', b'"version": "2"').replace(identity[:8].encode(), b"00000000"), "version"),
+    ):
+        assert changed != data and len(changed) == len(data)
+        saved.write_bytes(changed)
+        with pytest.raises(RecordError, match=why):
+            check_session_model(saved, identity)
+    for harmless in (data[:-1], data[:200], b"", b"Chapter 1" * 99):
+        saved.write_bytes(harmless)
+        check_session_model(saved, identity)
+    check_session_model(saved.parent / "none", identity)
 
 
 # Damaged and forged files

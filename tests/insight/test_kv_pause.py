@@ -13,6 +13,7 @@ from tests.cli.tiny_chat import CONTEXT, write_chat_model
 from turbomoe.config import EngineSettings, KVSettings
 from turbomoe.engine.calibrate import means_for
 from turbomoe.engine.runner import ModelRunner
+from turbomoe.files.array_file import load_arrays, save_arrays
 from turbomoe.insight import kv_check, kv_pause
 from turbomoe.insight.kv_auto import resolve_kv_types
 from turbomoe.insight.kv_check import check_ids, measure
@@ -189,3 +190,27 @@ def test_a_check_of_other_windows_does_not_take_it_up(model: LoadedModel, forwar
     again = forwards(None)
     resolve_kv_types(model, replace(WISH, kv=replace(AUTO, recent=40)))
     assert again[0] == 0
+
+
+FORGED = {
+    "nowhere": lambda header, arrays: header.update(at=-1),
+    "far away": lambda header, arrays: header.update(at=10**9),
+    "somewhere": lambda header, arrays: header.update(at="37"),
+    "no sums": lambda header, arrays: header.update(shown=None),
+    "fewer sums": lambda header, arrays: header["shown"].pop(),
+    "other sums": lambda header, arrays: header["shown"].__setitem__(0, [[["a", "b"]], False]),
+    "an array less": lambda header, arrays: arrays.popitem(),
+    "another shape": lambda header, arrays: arrays.update({name: array[:1] for name, array in arrays.items()}),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_checksum_is_not_taken_for_sense(model: LoadedModel, tmp_path: Path, forwards, name: str) -> None:
+    whole = run(model, tmp_path / "whole")
+    broken_off(model, tmp_path / "f", forwards)
+    header, arrays = load_arrays(tmp_path / "f", kv_pause.KIND, kv_pause.VERSION, kv_pause.LARGEST)
+    FORGED[name](header, arrays)
+    save_arrays(tmp_path / "f", kv_pause.KIND, kv_pause.VERSION, header, arrays)
+    starts = forwards(None)
+    assert run(model, tmp_path / "f") == whole and starts[0] == 0
+    assert board.counts["a check that was broken off begins anew"] == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,7 @@ FORGED = {
     "negative": lambda body: body["checks"][0]["arms"][0].update(kl=-1.0),
     "not a number": lambda body: body["checks"][0]["arms"][0].update(kl=float("nan")),
     "text": lambda body: body["checks"][0]["arms"][0].update(kl="small"),
+    "beyond all floats": lambda body: body["checks"][0]["arms"][0].update(kl=10**400),
     "more than all": lambda body: body["checks"][0]["arms"][0].update(tokens=1728),
     "none": lambda body: body["checks"][0]["arms"][0].update(tokens=0),
     "failed by a word": lambda body: body["checks"][0]["arms"][0].update(failed="no"),
@@ -118,3 +120,9 @@ def test_any_measurements_survive(tmp_path_factory: pytest.TempPathFactory, chec
     path = tmp_path_factory.mktemp("record") / "f"
     save_checks(path, IDENTITY, checks)
     assert load_checks(path, IDENTITY) == checks
+
+
+def test_a_pipe_in_its_place_does_not_wait_for_ever(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RecordedError, match="cannot be read"):
+        load_checks(tmp_path / "pipe", IDENTITY)

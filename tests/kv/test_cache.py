@@ -364,3 +364,25 @@ class PoolMachine(RuleBasedStateMachine):
 
 TestPool = PoolMachine.TestCase
 TestPool.settings = settings(max_examples=40, stateful_step_count=25)
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("length", [1, 20, 63, 64, 65, 100])
+@pytest.mark.parametrize("slots", [1, 2])
+def test_what_was_cut_off_is_not_seen_again(kind: str, length: int, slots: int) -> None:
+    """A weight of zero does not silence a NaN: a sequence that is cut back must not meet what it had."""
+    cache = KVCache([shape()], KVSettings(kind, kind), slots=slots, ctx_size=256)
+
+    def step(n: int, bad: float | None = None) -> torch.Tensor:
+        q, k, v = tokens(n, seed=n)
+        if bad is not None:
+            v[:] = bad
+        cache.begin([0], n)
+        out = cache.attend(0, q, k, v, SCALE)
+        cache.commit()
+        return out
+
+    step(length)
+    step(70, float("nan"))
+    cache.truncate(0, length)
+    assert step(1).isfinite().all() and step(1).isfinite().all() and step(3).isfinite().all()

@@ -96,7 +96,10 @@ class SessionFile:
 
     def save(self) -> None:
         """Save unless nothing has been said since the last time (or the conversation never began)."""
-        if self._talk is None or (said := self._talk.transcript()) == self._saved:
+        if self._talk is None:
+            return
+        self._talk.give_up()  # nobody reads an answer now
+        if (said := self._talk.transcript()) == self._saved:
             return
         from turbomoe.engine.session import save_session
 

@@ -74,6 +74,7 @@ class Conversation:
         self._seen_ids: list[int] = []
         self._seen_text = ""
         self._open: int | None = None  # the request under way
+        self._asked: int | None = None  # the last request
         self._stopped = False
 
     def ask(
@@ -87,12 +88,16 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": text}]
         turn = Turn(messages, *self._prompt(messages))
         request = Request(tuple(turn.prompt), max_tokens, sampling, stop)
-        if self._open is not None:  # an answer that nobody began to read
-            self._close(self._open)
-        turn.request_id = self._open = self.engine.submit(request)
+        self.give_up()
+        turn.request_id = self._open = self._asked = self.engine.submit(request)
         self.opens_thought = turn.prompt_text.rstrip().endswith(OPEN)
         self._stopped = False
         return self._answer(turn)
+
+    def give_up(self) -> None:
+        """End an answer that nobody reads any more: one never begun, or one whose end an interrupt broke off."""
+        if self._asked is not None:
+            self._close(self._asked)
 
     def stop(self) -> None:
         """End the running answer at the next token; it is kept as far as it came. May be called from a signal."""
@@ -151,15 +156,19 @@ class Conversation:
             failed = True
             raise
         finally:
-            turn.shown += self._close(turn.request_id)
-            if not failed and (turn.drawn or finish is Finish.STOP):
-                self._keep(turn)
+            try:
+                turn.shown += self._close(turn.request_id)
+            finally:  # also if an interrupt falls into it
+                if not failed and (turn.drawn or finish is Finish.STOP):
+                    self._keep(turn)
 
     def _close(self, request_id: int) -> str:
         """Make sure that a request has ended; returns the text that was still held back."""
-        rest = "".join(event.text for event in self.engine.cancel(request_id))
-        self.usage = self.engine.usage.pop(request_id)
-        self._open = None
+        try:
+            rest = "".join(event.text for event in self.engine.cancel(request_id))
+            self.usage = self.engine.usage.pop(request_id, self.usage)
+        finally:
+            self._open = None
         return rest
 
     def _keep(self, turn: Turn) -> None:

@@ -130,6 +130,8 @@ class Engine:
         return not self.waiting and not self.running
 
     def _admit(self) -> None:
+        if len(self.slots) + len(self.running) < self.settings.parallel:
+            self.slots.find_lost({s.slot for s in self.running})
         while self.waiting and len(self.slots):
             sequence = self.waiting.popleft()
             sequence.slot, sequence.fed = self.slots.take(sequence.ids)

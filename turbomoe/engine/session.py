@@ -81,14 +81,15 @@ def load_session(engine: Engine, into: Conversation | int, path: str | PathLike[
 
 
 def check_session_model(path: str | PathLike[str], identity: str) -> None:
-    """Raise ``RecordError`` if the session at ``path`` says that it is not of the model with this identity.
+    """Raise ``RecordError`` if the session at ``path`` is not of the model with this identity.
 
-    What it says is checked when it is loaded; this spares a person the loading of the wrong model.
+    It spares a person the loading of the wrong model. Only a file that says so is looked at whole: what else may be
+    wrong with it shows when it is loaded.
     """
-    header = claimed_header(path)
-    if "model" in header:
-        with _naming(path):
-            check_model(header, identity)
+    model = claimed_header(path).get("model")
+    if kind_of(path) == KIND and isinstance(model, dict) and model.get("identity") != identity:
+        with _naming(path), open_arrays(path, KIND, VERSION, LARGEST) as file:
+            check_model(file.header, identity)
 
 
 @contextmanager
@@ -158,10 +159,10 @@ def _load(engine: Engine, into: Conversation | int, slot: int, file: ArrayFile) 
         types = {part.name: part.dtype for part in parts(memory, slot, len(ids))}
         try:
             restore(memory, slot, len(ids), lambda name: to_tensor(file.read(name), types[name]))
+            engine.slots.replace(slot, ids)
         except BaseException:  # too little memory, Ctrl-C: the slot is empty now, and must not be taken for what it was
             engine.slots.forget(slot)
             raise
-        engine.slots.replace(slot, ids)
     if isinstance(into, Conversation):
         into.resume(transcript)
 

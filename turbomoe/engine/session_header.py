@@ -138,7 +138,8 @@ def _versions(codecs: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    return str(value)[:80]
+    """For a terminal, whatever a file may hold."""
+    return "".join(c if c.isprintable() else "?" for c in str(value)[:80])
 
 
 def _name(dtype: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from turbomoe.errors import RequestError
 from turbomoe.kv.cache import KVCache
@@ -32,11 +32,11 @@ class SlotPool:
         At least one prompt token is left to run, for its logits. Memory that does not fit the prompt is dropped.
         """
         slot = max(self._idle, key=lambda s: (self._reusable(self._idle[s], prompt), not self._idle[s]))
-        known = self._reusable(self._idle.pop(slot), prompt)
-        if known == 0:
-            self.memory.release(slot)
-        elif known < self.memory.host_lengths[slot]:
-            self.memory.truncate(slot, known)
+        known = self._reusable(self._idle[slot], prompt)
+        if known < self.memory.host_lengths[slot] or known == 0:
+            self._idle[slot] = []  # should this be broken off, it knows nothing and is wiped when it is taken again
+            self.memory.truncate(slot, known) if known else self.memory.release(slot)
+        del self._idle[slot]
         return slot, known
 
     def give_back(self, slot: int, ids: Sequence[int]) -> None:
@@ -48,8 +48,14 @@ class SlotPool:
 
     def forget(self, slot: int) -> None:
         """Return a slot and drop its memory."""
+        self._idle[slot] = []  # first: what breaks off a release must not lose the slot
         self.memory.release(slot)
-        self._idle[slot] = []
+
+    def find_lost(self, lent: Container[int]) -> None:
+        """Take back slots that nobody has: an interrupt may fall between any two lines of giving and taking."""
+        for slot in range(len(self.memory.host_lengths)):
+            if slot not in self._idle and slot not in lent:
+                self.forget(slot)
 
     def known(self, slot: int) -> list[int]:
         """The tokens that the memory of an idle slot holds. Raises ``RequestError`` for any other number."""
@@ -76,7 +82,7 @@ class SlotPool:
 
     def replace(self, slot: int, ids: Sequence[int]) -> None:
         """The memory of an idle slot has been replaced by one that holds ``ids``: it is now the newest."""
-        del self._idle[slot]
+        self._idle.pop(slot)
         self.give_back(slot, ids)
 
     def _reusable(self, known: Sequence[int], prompt: Sequence[int]) -> int:

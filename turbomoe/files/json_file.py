@@ -15,6 +15,8 @@ MAX_BYTES = 128 << 20
 
 def read_text(path: Path, limit: int = MAX_BYTES) -> str:
     """The text of a UTF-8 file of at most ``limit`` bytes; ``ModelFileError`` for anything else."""
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise ModelFileError(path, "it is not a regular file")
     try:
         with open(path, "rb") as file:
             data = file.read(limit + 1)

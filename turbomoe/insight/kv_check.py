@@ -136,12 +136,16 @@ def measure(
 
 def _take_up(pause: Pause, reference: ModelRunner, arms: Mapping[Pair, _Arm], total: int) -> int:
     """The tokens that this pass has behind it, with caches and sums as they were there."""
-    done, shown = pause.take_up(_plan(arms), _caches(reference, arms, list(arms.values())))
+
+    def read(shown: Any) -> None:
+        found = [([(float(kl), int(count)) for kl, count in sums], bool(failed)) for sums, failed in shown]
+        for arm, known in list(zip(arms.values(), found, strict=True)):
+            arm.sums, arm.failed = known
+
+    done = pause.take_up(_plan(arms), _caches(reference, arms, list(arms.values())), read)
     if done:
         what, why = "the check of KV types goes on", f"it was broken off after {done} of {total} tokens"
         board.post(Notice(what, why, expected=True))
-        for arm, (sums, failed) in zip(arms.values(), shown, strict=True):
-            arm.sums, arm.failed = [(float(kl), int(count)) for kl, count in sums], bool(failed)
     return done
 
 

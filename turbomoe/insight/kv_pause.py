@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from turbomoe.config import state_dir
 from turbomoe.engine.session_arrays import late, to_tensor
+from turbomoe.errors import TurbomoeError
 from turbomoe.files.array_file import ArrayFile, RecordError, open_arrays, save_arrays
 from turbomoe.files.atomic import WriteError, sweep_orphans
 from turbomoe.kv.cache import KVCache
@@ -28,6 +30,8 @@ KIND, VERSION = "turbomoe-kv-check", 1
 LARGEST = 1 << 36
 REST = 10.0  # seconds of work between two writes, at least,
 SHARE = 20  # and this many times what the last write took
+# What comes of a file whose checksum is right and whose contents are not those of a check.
+UNUSABLE = (TurbomoeError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OverflowError)
 
 
 def pause_path(identity: str) -> Path:
@@ -59,24 +63,32 @@ class Pause:
         ended = time.monotonic()
         self._due = ended + max(REST, SHARE * (ended - begun))
 
-    def take_up(self, plan: Any, caches: Mapping[str, KVCache]) -> tuple[int, Any]:
-        """Fill ``caches`` with what the pass ``plan`` has left: how many tokens, and what its pairs had shown."""
+    def take_up(self, plan: Any, caches: Mapping[str, KVCache], read: Callable[[Any], None]) -> int:
+        """Fill ``caches`` with what the pass ``plan`` has left: how many tokens.
+
+        ``read`` takes what its pairs had shown. A file that does not hold what it should counts for nothing, also
+        where ``read`` finds it out.
+        """
         if not self._path.exists():
-            return 0, {}
+            return 0
         try:
             with open_arrays(self._path, KIND, VERSION, LARGEST) as file:
                 at, of = file.header["at"], file.header["of"]
                 live = {name: cache for name, cache in caches.items() if name in of["caches"]}
                 if of != json.loads(json.dumps(self._of(plan, live))):
-                    return 0, {}
+                    return 0
+                if not isinstance(at, int) or at < 1:
+                    raise RecordError(f"{self._path} does not say where it was broken off")
                 for name, cache in live.items():
                     restore(cache, 0, at, _reader(file, name, cache, at))
-                return at, file.header["shown"]
-        except RecordError as error:
+                read(file.header["shown"])
+                return at
+        except UNUSABLE as error:
             for cache in caches.values():
                 cache.release(0)  # those that had been filled before the damage showed
-            board.post(Notice("a check that was broken off begins anew", str(error).rstrip("."), expected=True))
-            return 0, {}
+            why = str(error).rstrip(".") if isinstance(error, TurbomoeError) else f"{self._path} holds something else"
+            board.post(Notice("a check that was broken off begins anew", why, expected=True))
+            return 0
 
     def tell(self) -> None:
         """Say to who broke it off that not all is lost."""
@@ -95,5 +107,12 @@ class Pause:
 
 
 def _reader(file: ArrayFile, name: str, cache: KVCache, at: int) -> Callable[[str], torch.Tensor]:
-    types = {part.name: part.dtype for part in parts(cache, 0, at)}
-    return lambda part: to_tensor(file.read(f"{name} {part}"), types[part])
+    wanted = {part.name: part for part in parts(cache, 0, at)}
+
+    def read(part: str) -> torch.Tensor:
+        found = to_tensor(file.read(f"{name} {part}"), wanted[part].dtype)
+        if tuple(found.shape) != tuple(wanted[part].shape):
+            raise RecordError(f"{part} has another size than such a cache's")
+        return found
+
+    return read

@@ -79,7 +79,7 @@ def load_checks(path: Path, identity: str) -> Checks:
         raise RecordedError(f"{path} belongs to another model")
     try:
         return dict(_check(item) for item in body["checks"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise RecordedError(f"{path} holds what was never measured") from error
 
 

@@ -18,7 +18,7 @@ from turbomoe.kv.attention import attend
 from turbomoe.kv.codecs import make_codec
 from turbomoe.kv.group import SideGroup
 from turbomoe.kv.layer import Side, Step
-from turbomoe.kv.pages import PageAllocator, pages_for
+from turbomoe.kv.pages import PAGE_TOKENS, PageAllocator, pages_for
 from turbomoe.kv.recurrent import RecurrentState
 from turbomoe.kv.shape import AttentionShape, LayerShape
 
@@ -129,6 +129,11 @@ class KVCache:
         """Cut the sequence in ``slot`` back to its first ``length`` tokens."""
         if not self.can_truncate or not 0 <= length <= self.host_lengths[slot]:
             raise IntegrityError(f"Slot {slot} cannot be cut back to {length} tokens")
+        self.aside.settle()
+        (first, row), owned = divmod(length, PAGE_TOKENS), self.pages.owned(slot)
+        for plane in (plane for pair in self.attention.values() for side in pair for plane in side.planes):
+            plane[owned[first : first + 1], :, row:] = 0  # a weight of 0 does not silence a stale NaN
+            plane[owned[first + 1 :]] = 0
         self.host_lengths[slot] = length
         self.lengths[slot] = length
 
