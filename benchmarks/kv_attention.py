@@ -308,7 +308,8 @@ decoded once for all programs, in at most {mib} MiB beside the cache, whatever i
 every program, tried for small chunks. {cases} random caches, {bad} outside the contract. **Slower than bf16**: after
 32,768 tokens and more the slab takes {least:.1f} to {most:.1f} times its time, at {low:.0%} to {high:.0%} of the
 rate of a large bf16 product. After 4,096 it is worse still: there Python, which launches some sixty small operations
-a block of 512 tokens, takes longer than the GPU (2.0 ms for 2,048 new tokens in `tq2`). Encoding is not in these times."""
+a block of 512 tokens, takes longer than the GPU (2.0 ms for 2,048 new tokens in `tq2`). Encoding is not in these
+times."""
 
 ENCODE = """\
 ## Encoding
