@@ -145,5 +145,5 @@ def test_without_matplotlib_the_error_says_how_to_get_it(monkeypatch: pytest.Mon
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(SettingsError, match="pip install -c constraints.txt '.\[plots\]'"):
+    with pytest.raises(SettingsError, match=r"pip install -c constraints.txt '.\[plots\]'"):
         plots.require_matplotlib()
