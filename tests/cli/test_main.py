@@ -253,6 +253,10 @@ def test_a_full_disk_is_told_in_a_sentence(ending, monkeypatch, capsys) -> None:
     gone: list[bool] = []
     monkeypatch.setattr(cli, "_abandon_stdout", lambda: gone.append(True))
     assert ending(fail_with(OSError(errno.ENOSPC, "No space left on device"))) == cli.ERROR
-    assert capsys.readouterr().err == "No space is left where this writes. Free some, or write elsewhere.\n"
-    assert gone == [True] and ending(fail_with(OSError(errno.EIO, "x"))) == cli.ERROR
+    assert capsys.readouterr().err == "No space is left for what this writes. Free some.\n" and not gone
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.stdout.flush", fail_with(OSError(errno.ENOSPC, "No space left on device", "/out")))
+        assert ending(lambda: 0) == cli.ERROR
+    assert gone and capsys.readouterr().err == "No space is left for /out. Free some.\n"
+    assert ending(fail_with(OSError(errno.EIO, "x"))) == cli.ERROR
     assert "did not expect: OSError" in capsys.readouterr().err

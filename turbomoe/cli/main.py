@@ -88,8 +88,13 @@ def _attempt(action: Callable[[], int], debug: bool) -> int:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             return report(error, debug)
-        _abandon_stdout()
-        return report(TurbomoeError("No space is left where this writes", fix="Free some, or write elsewhere"), debug)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _abandon_stdout()
+        full = TurbomoeError(f"No space is left for {error.filename or 'what this writes'}", fix="Free some")
+        full.__cause__ = error
+        return report(full, debug)
     except SystemExit as stop:  # libraries of servers do that
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:

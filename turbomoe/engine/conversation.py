@@ -74,7 +74,7 @@ class Conversation:
         self._seen_ids: list[int] = []
         self._seen_text = ""
         self._open: int | None = None  # the request under way
-        self._asked: int | None = None  # the last request
+        self._asked: int | None = None  # the last request, unless it was given up
         self._stopped = False
 
     def ask(
@@ -98,6 +98,7 @@ class Conversation:
         """End an answer that nobody reads any more: one never begun, or one whose end an interrupt broke off."""
         if self._asked is not None:
             self._close(self._asked)
+            self._asked = None
 
     def stop(self) -> None:
         """End the running answer at the next token; it is kept as far as it came. May be called from a signal."""
@@ -159,7 +160,8 @@ class Conversation:
             try:
                 turn.shown += self._close(turn.request_id)
             finally:  # also if an interrupt falls into it
-                if not failed and (turn.drawn or finish is Finish.STOP):
+                mine = self._asked == turn.request_id  # another turn has begun where it was given up
+                if mine and not failed and (turn.drawn or finish is Finish.STOP):
                     self._keep(turn)
 
     def _close(self, request_id: int) -> str:
@@ -168,14 +170,15 @@ class Conversation:
             rest = "".join(event.text for event in self.engine.cancel(request_id))
             self.usage = self.engine.usage.pop(request_id, self.usage)
         finally:
-            self._open = None
+            if self._open == request_id:
+                self._open = None
         return rest
 
     def _keep(self, turn: Turn) -> None:
-        self._remember(turn)
-        self._seen_ids = [*turn.prompt, *turn.drawn]
         said = self.tokenizer.decode(turn.drawn, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        self._seen_text = turn.prompt_text + str(said)
+        seen = [*turn.prompt, *turn.drawn], turn.prompt_text + str(said)
+        self._remember(turn)
+        self._seen_ids, self._seen_text = seen  # together: an interrupt must not leave one without the other
 
     def _remember(self, turn: Turn) -> None:
         self.messages = [*turn.messages, {"role": "assistant", "content": turn.shown}]

@@ -129,9 +129,13 @@ class Engine:
     def idle(self) -> bool:
         return not self.waiting and not self.running
 
-    def _admit(self) -> None:
+    def find_lost_slots(self) -> None:
+        """Take back slots that an interrupt left to nobody."""
         if len(self.slots) + len(self.running) < self.settings.parallel:
             self.slots.find_lost({s.slot for s in self.running})
+
+    def _admit(self) -> None:
+        self.find_lost_slots()
         while self.waiting and len(self.slots):
             sequence = self.waiting.popleft()
             sequence.slot, sequence.fed = self.slots.take(sequence.ids)

@@ -136,6 +136,7 @@ def _content(engine: Engine, of: Conversation | int) -> _Content:
 
 def _slot_for(engine: Engine, into: Conversation | int) -> int:
     """The idle slot that the memory goes into."""
+    engine.find_lost_slots()
     if isinstance(into, int):
         engine.slots.known(into)
         return into

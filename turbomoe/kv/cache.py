@@ -133,7 +133,7 @@ class KVCache:
         (first, row), owned = divmod(length, PAGE_TOKENS), self.pages.owned(slot)
         for plane in (plane for pair in self.attention.values() for side in pair for plane in side.planes):
             plane[owned[first : first + 1], :, row:] = 0  # a weight of 0 does not silence a stale NaN
-            plane[owned[first + 1 :]] = 0
+            plane[owned[first + 1 : pages_for(self.host_lengths[slot])]] = 0
         self.host_lengths[slot] = length
         self.lengths[slot] = length
 

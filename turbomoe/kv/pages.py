@@ -45,14 +45,14 @@ class PageAllocator:
             return
         if pages > self.pages_per_slot or missing > len(self._free):
             raise ContextFullError("The KV cache has no room for more tokens", fix="Use a larger --ctx-size")
-        fresh = [self._free.pop() for _ in range(missing)]
+        fresh = self._free[: -missing - 1 : -1]
         self.table[slot, len(owned) : pages] = torch.tensor(fresh, device=self.table.device)
-        owned.extend(fresh)
+        # In one statement: an interrupt must not leave a page to nobody, or to two.
+        self._free, self._owned[slot] = self._free[:-missing], [*owned, *fresh]
 
     def release(self, slot: int) -> None:
         """Take back every page of ``slot``."""
-        self._free.extend(reversed(self._owned[slot]))
-        self._owned[slot] = []
+        self._free, self._owned[slot] = [*self._free, *reversed(self._owned[slot])], []
         self.table[slot] = SCRATCH_PAGE
 
     def check_integrity(self) -> None:
