@@ -85,21 +85,24 @@ def _attempt(action: Callable[[], int], debug: bool) -> int:
     except BrokenPipeError:
         _abandon_stdout()
         return BROKEN_PIPE
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            return report(error, debug)
-        try:
-            sys.stdout.flush()
-        except OSError:
-            _abandon_stdout()
-        full = TurbomoeError(f"No space is left for {error.filename or 'what this writes'}", fix="Free some")
-        full.__cause__ = error
-        return report(full, debug)
     except SystemExit as stop:  # libraries of servers do that
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:
-        return report(error, debug)
+        return report(_in_words(error), debug)
     return code
+
+
+def _in_words(error: Exception) -> Exception:
+    """A full disk is nobody's bug; where it is the output that is full, the flush at exit shall not fail once more."""
+    if not isinstance(error, OSError) or error.errno != errno.ENOSPC:
+        return error
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _abandon_stdout()
+    full = TurbomoeError(f"No space is left for {error.filename or 'what this writes'}", fix="Free some")
+    full.__cause__ = error
+    return full
 
 
 def report(error: Exception, debug: bool) -> int:

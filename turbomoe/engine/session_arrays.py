@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from turbomoe.files.array_file import LateArray
+from turbomoe.files.array_file import TYPE_NAMES, LateArray
 from turbomoe.kv.snapshot import Part
 
 BITS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8}
@@ -28,6 +28,11 @@ def to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
 def to_tensor(array: npt.NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
     """The tensor of ``dtype`` that ``array`` holds the bits of."""
     return torch.from_numpy(array).view(dtype)
+
+
+def entry(part: Part) -> tuple[str, tuple[int, ...]]:
+    """Type and shape of a part of a cache, as ``ArrayFile.table`` has them."""
+    return TYPE_NAMES[numpy_type(part.dtype).str], part.shape
 
 
 def late(part: Part) -> LateArray:

@@ -9,8 +9,8 @@ from typing import Any
 from turbomoe import __version__
 from turbomoe.engine.conversation import Transcript
 from turbomoe.engine.engine import Engine
-from turbomoe.engine.session_arrays import BITS, numpy_type
-from turbomoe.files.array_file import TYPE_NAMES, ArrayFile, RecordError
+from turbomoe.engine.session_arrays import BITS, entry
+from turbomoe.files.array_file import ArrayFile, RecordError
 from turbomoe.kv.snapshot import depends_on, parts
 
 KINDS = {"chat": "a chat", "text": "plain text", "slot": "the bare memory of a slot"}
@@ -110,8 +110,8 @@ def check_memory(engine: Engine, file: ArrayFile, length: int) -> None:
     if length > memory.ctx_size:
         why = f"it holds {length} tokens, and this context {memory.ctx_size}"
         raise RecordError(why, fix=f"Use -c {length + 1} or more")
-    wanted = {part.name: (TYPE_NAMES[numpy_type(part.dtype).str], part.shape) for part in parts(memory, 0, length)}
-    found = {name: entry for name, entry in file.table.items() if name not in ("ids", "seen_ids")}
+    wanted = {part.name: entry(part) for part in parts(memory, 0, length)}
+    found = {name: known for name, known in file.table.items() if name not in ("ids", "seen_ids")}
     if found != (wanted if length else {}):
         raise RecordError("its arrays are not those of such a session")
 

@@ -33,9 +33,12 @@ class SlotPool:
         """
         slot = max(self._idle, key=lambda s: (self._reusable(self._idle[s], prompt), not self._idle[s]))
         known = self._reusable(self._idle[slot], prompt)
-        if known < self.memory.host_lengths[slot] or known == 0:
+        if known == 0 or known < self.memory.host_lengths[slot]:
             self._idle[slot] = []  # should this be broken off, it knows nothing and is wiped when it is taken again
-            self.memory.truncate(slot, known) if known else self.memory.release(slot)
+            if known == 0:
+                self.memory.release(slot)
+            else:
+                self.memory.truncate(slot, known)
         del self._idle[slot]
         return slot, known
 
@@ -82,7 +85,7 @@ class SlotPool:
 
     def replace(self, slot: int, ids: Sequence[int]) -> None:
         """The memory of an idle slot has been replaced by one that holds ``ids``: it is now the newest."""
-        self._idle.pop(slot)
+        del self._idle[slot]
         self.give_back(slot, ids)
 
     def _reusable(self, known: Sequence[int], prompt: Sequence[int]) -> int:

@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from turbomoe.config import state_dir
-from turbomoe.engine.session_arrays import late, to_tensor
-from turbomoe.errors import TurbomoeError
+from turbomoe.engine.session_arrays import entry, late, to_tensor
 from turbomoe.files.array_file import ArrayFile, RecordError, open_arrays, save_arrays
 from turbomoe.files.atomic import WriteError, sweep_orphans
 from turbomoe.kv.cache import KVCache
@@ -30,8 +28,8 @@ KIND, VERSION = "turbomoe-kv-check", 1
 LARGEST = 1 << 36
 REST = 10.0  # seconds of work between two writes, at least,
 SHARE = 20  # and this many times what the last write took
-# What comes of a file whose checksum is right and whose contents are not those of a check.
-UNUSABLE = (TurbomoeError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OverflowError)
+# What comes of a header whose checksum is right and that is not one of a check.
+NO_HEADER = (KeyError, TypeError, ValueError, OverflowError)
 
 
 def pause_path(identity: str) -> Path:
@@ -73,22 +71,31 @@ class Pause:
             return 0
         try:
             with open_arrays(self._path, KIND, VERSION, LARGEST) as file:
-                at, of = file.header["at"], file.header["of"]
+                of = file.header["of"]
                 live = {name: cache for name, cache in caches.items() if name in of["caches"]}
                 if of != json.loads(json.dumps(self._of(plan, live))):
                     return 0
-                if not isinstance(at, int) or at < 1:
-                    raise RecordError(f"{self._path} does not say where it was broken off")
+                at = self._length(file, live)
                 for name, cache in live.items():
                     restore(cache, 0, at, _reader(file, name, cache, at))
                 read(file.header["shown"])
                 return at
-        except UNUSABLE as error:
+        except (RecordError, *NO_HEADER) as error:
             for cache in caches.values():
                 cache.release(0)  # those that had been filled before the damage showed
-            why = str(error).rstrip(".") if isinstance(error, TurbomoeError) else f"{self._path} holds something else"
+            why = str(error).rstrip(".") if isinstance(error, RecordError) else f"{self._path} holds something else"
             board.post(Notice("a check that was broken off begins anew", why, expected=True))
             return 0
+
+    def _length(self, file: ArrayFile, live: Mapping[str, KVCache]) -> int:
+        """How many tokens of these caches the file has. Raises ``RecordError`` unless its arrays are of so many."""
+        at = file.header["at"]
+        if not isinstance(at, int) or not 0 < at <= min(cache.ctx_size for cache in live.values()):
+            raise RecordError(f"{self._path} does not say where it was broken off")
+        wanted = {f"{name} {part.name}": entry(part) for name, cache in live.items() for part in parts(cache, 0, at)}
+        if file.table != wanted:
+            raise RecordError(f"The arrays in {self._path} are not those of such a check")
+        return at
 
     def tell(self) -> None:
         """Say to who broke it off that not all is lost."""
@@ -107,12 +114,5 @@ class Pause:
 
 
 def _reader(file: ArrayFile, name: str, cache: KVCache, at: int) -> Callable[[str], torch.Tensor]:
-    wanted = {part.name: part for part in parts(cache, 0, at)}
-
-    def read(part: str) -> torch.Tensor:
-        found = to_tensor(file.read(f"{name} {part}"), wanted[part].dtype)
-        if tuple(found.shape) != tuple(wanted[part].shape):
-            raise RecordError(f"{part} has another size than such a cache's")
-        return found
-
-    return read
+    types = {part.name: part.dtype for part in parts(cache, 0, at)}
+    return lambda part: to_tensor(file.read(f"{name} {part}"), types[part])
